@@ -1,0 +1,1 @@
+"""Networks only: no argument parsing, no file walking, no metrics."""

@@ -1,0 +1,1 @@
+"""The training engine, metrics, drawing and small leaf helpers."""
