@@ -17,7 +17,7 @@ StrPath = str | os.PathLike[str]
 
 
 def fsync_path(path: StrPath) -> None:
-    """Flush a file, or the entries of a folder, to the disk (silently nothing where folders cannot be synced)."""
+    """Flush a file, or a folder's entries, to the disk (nothing where folders cannot be synced)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
