@@ -175,7 +175,7 @@ def scores_by_kind(counts: Counts) -> dict[str, dict[str, float]]:
 
 
 def scores_by_size(counts: Counts, large_area: int = LARGE_AREA) -> dict[str, dict[str, float]]:
-    """`scores` of "large" (target area >= `large_area` px), "small" and "empty" targets; absent ones left out."""
+    """`scores` of "large" (target area >= `large_area` px), "small" and "empty" targets, if any."""
     area = counts.target[:, 1]
     parts = {"large": area >= large_area, "small": (area > 0) & (area < large_area), "empty": area == 0}
     return {name: scores(counts.select(part)) for name, part in parts.items() if part.any()}

@@ -11,12 +11,12 @@ line, with any number of ranks. When all pictures are there, `merge_ranks` write
      "images": [{"index": 0, "image": "path", "size": [H, W], "queries": [QUERY, ...]}, ...]}
 
     QUERY = {"query": the words asked for, "text": the whole user turn, "kind": label for tables,
-             "ref_id", "sent_id", "gt_exists", "pred_exists", "score": 0..1 or null, "generated": answer text,
-             "prediction": RLE, "target": RLE of value 1, "ignore": RLE of value 255 (only where there is any),
+             "ref_id", "sent_id", "gt_exists", "pred_exists", "score": 0..1 or null, "generated": answer,
+             "prediction": RLE, "target": RLE of value 1, "ignore": RLE of value 255 (only if there is any),
              "more_masks": [RLE, ...] (only where the answer held more than one mask),
              "counts": {"intersection": [bg, object], "union": [bg, object], "target": [bg, object]}}
 
-RLE is COCO's compressed run-length code, {"size": [H, W], "counts": text}; `pycocotools.mask.decode` reads it.
+RLE is COCO's compressed run-length code {"size": [H, W], "counts": text}; pycocotools decodes it.
 `read_predictions` also reads the published form (a JSON file per rank and a folder of .npz arrays).
 """
 
@@ -235,11 +235,11 @@ def read_predictions(path: StrPath, dataset: str | None = None) -> Predictions:
     """Read predictions from whatever is there.
 
     Args:
-        path: a merged file, one rank's file, or a folder with a merged file, rank files or the published form.
+        path: a merged file, one rank's file, or a folder with such files or with the published form.
         dataset: which data set of a folder that holds several; not needed where there is only one.
 
     Raises:
-        ValueError: nothing readable; several data sets and none named; rank files that do not belong together.
+        ValueError: nothing readable; several data sets and none named; rank files of different runs.
     """
     path = Path(path)
     if path.is_file():
