@@ -1,0 +1,129 @@
+"""A toy model and data for engine tests, importable by forked and launched processes."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.engine_config import EngineConfig
+
+
+class ToyModel(nn.Module):
+    """A frozen and a trained linear layer with dropout, a norm with running figures, and a decoder part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(6, 8).requires_grad_(False)
+        self.body = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.3)
+        self.decoder = nn.Linear(8, 1)
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        hidden = self.dropout(self.norm(torch.tanh(self.body(self.frozen(images)))))
+        loss = (self.decoder(hidden)[:, 0].float() - targets.float()).square().mean()
+        return {"loss": loss, "half_loss": loss / 2, "features": hidden}
+
+
+class ToyData:
+    """Items drawn from (seed, epoch, index); item `poison` is not a number, draw number `deadly` kills."""
+
+    def __init__(self, length: int = 20, poison: int | None = None, deadly: int | None = None) -> None:
+        self.length, self.poison, self.deadly, self.drawn = length, poison, deadly, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def draw(self, index: int, epoch: int, seed: int) -> dict[str, Any]:
+        """An input (6,) whose first entry says whether it is large."""
+        self.drawn += 1
+        if self.drawn == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        values = np.random.default_rng([seed, epoch, index]).normal(size=6).astype("float32")
+        if index == self.poison:
+            values[0] = np.nan
+        return {"name": f"image-{index}.png", "values": values, "target": float(values[1:3].sum())}
+
+
+def toy_collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batch of the toy samples."""
+    return {
+        "image_paths": [sample["name"] for sample in samples],
+        "images": torch.from_numpy(np.stack([sample["values"] for sample in samples])),
+        "targets": torch.tensor([sample["target"] for sample in samples]),
+    }
+
+
+def toy_validate(model: nn.Module) -> dict[str, float]:
+    """Figures on fixed data; also disturbs the generators, which must not matter."""
+    batch = toy_collate([ToyData().draw(index, 0, 123) for index in range(8)])
+    np.random.rand(3)
+    torch.rand(3)
+    batch["images"] = batch["images"].to(next(model.parameters()).dtype)
+    return {"giou": -float(model(**batch)["loss"]), "noise": float(torch.rand(()))}
+
+
+@dataclass
+class ToyConfig(EngineConfig):
+    """Small and quick settings."""
+
+    epochs: int = 3
+    steps_per_epoch: int = 4
+    batch_size: int = 3
+    grad_accumulation_steps: int = 2
+    precision: str = "fp32"
+    zero_stage: int = 0
+    lr: float = 1e-2
+    warmup_steps: int = 2
+    workers: int = 0
+    device: str = "cpu"
+    tensorboard: bool = False
+    progress: bool = False
+    save_every_steps: int = 2
+    lr_multipliers: str = "decoder=0.5"
+
+
+def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any:
+    """Train in this process and write the final weights; `kill_at` kills at that file operation of saving."""
+    import utils.checkpointing as checkpointing
+    from utils.distributed import init_distributed, shutdown
+    from utils.engine import Engine
+
+    torch.set_num_threads(1)
+    world = init_distributed("cpu")
+    if kill_at is not None:
+        _arm(checkpointing, kill_at)
+    torch.manual_seed(5)
+    engine = Engine(ToyModel(), config, world, ToyData(**data), toy_collate, toy_validate)
+    result = engine.run()
+    tensors = checkpointing.trainable_tensors(engine.ds.module)
+    if world.is_main:
+        from safetensors.torch import save_file
+
+        save_file(tensors, Path(config.run_dir) / "final.safetensors")
+    shutdown()
+    return result
+
+
+def _arm(checkpointing: Any, count: int) -> None:
+    """Kill this process with SIGKILL at the `count`-th file operation of checkpointing."""
+    left = [count]
+
+    def deadly(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    checkpointing.fsync_path = deadly(checkpointing.fsync_path)
+    checkpointing.atomic_write_text = deadly(checkpointing.atomic_write_text)
+    checkpointing._dump = deadly(checkpointing._dump)
+    checkpointing.os = type("DeadlyOs", (), {"rename": staticmethod(deadly(os.rename)), "walk": os.walk})
