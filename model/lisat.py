@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model._torchvision import ensure_torchvision
 from model.clip import build_vision_tower, num_image_features, tower_features
+from model.generation import Generation, mask_scores
 from model.llava import (
     Packed,
     Row,
@@ -103,14 +104,7 @@ def text_projection(hidden_size: int, out_dim: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Sequential(first, nn.ReLU(inplace=True), second, nn.Dropout(0.0))])
 
 
-def mask_scores(logits: Tensor) -> Tensor:
-    """Mean foreground probability (K,) of mask logits (K, H, W): over pixels above 0.5, 0 for none."""
-    probability = logits.float().flatten(1).sigmoid()
-    inside = probability > 0.5
-    return (probability * inside).sum(1) / inside.sum(1).clamp(min=1)
-
-
-class Lisat(nn.Module):
+class Lisat(Generation):
     """The network. Sub-modules: `vision_tower`, `mm_projector`, `llm`, `text_hidden_fcs`, `sam`."""
 
     def __init__(self, config: LisatConfig) -> None:
@@ -367,12 +361,6 @@ class Lisat(nn.Module):
             source = prompts.new_zeros(1, prompts.shape[1], side, side)
         low_res, iou = self.sam.decode(source, prompts[:, None])
         return 0 * (low_res.sum() + iou.sum()).float()
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Generate answers with masks; see `model.generation.evaluate`."""
-        from model.generation import evaluate
-
-        return evaluate(self, *args, **kwargs)
 
 
 def _select(batch: Tensor, wanted: Sequence[int]) -> Tensor:
