@@ -143,8 +143,8 @@ class KeyReport:
     """model names that no file holds"""
     unexpected: list[str] = field(default_factory=list)
     """file names without a place in the model"""
-    misshaped: list[str] = field(default_factory=list)
-    """`file name: shape in the file, shape in the model`"""
+    misshaped: dict[str, str] = field(default_factory=dict)
+    """file name -> the two shapes"""
 
     @property
     def faulty(self) -> bool:
@@ -159,7 +159,7 @@ class KeyReport:
         for title, names in (
             ("missing (the model has them, the files do not)", self.missing),
             ("unexpected (the files have them, the model does not)", self.unexpected),
-            ("of another shape", self.misshaped),
+            ("of another shape", [f"{name}: {text}" for name, text in self.misshaped.items()]),
         ):
             if names:
                 lines += [f"{len(names)} {title}:", *(f"  {name}" for name in names)]
@@ -176,12 +176,21 @@ class KeyReport:
         return ", ".join([*counts, f"{len(self.misshaped)} misshaped"])
 
 
+def dropping(key_map: KeyMap, prefixes: tuple[str, ...], reason: str) -> KeyMap:
+    """`key_map` with everything that would go to one of `prefixes` ignored for `reason`."""
+
+    def mapped(name: str) -> Target | Ignored | None:
+        fate = key_map(name)
+        return Ignored(reason) if isinstance(fate, Target) and fate.name.startswith(prefixes) else fate
+
+    return mapped
+
+
 def plan(
     files: Mapping[str, Shape],
     model: Mapping[str, Shape],
     key_map: KeyMap,
-    skip: Mapping[str, str] | None = None,
-    report: KeyReport | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> KeyReport:
     """Decide where each tensor goes before one byte of it is read.
 
@@ -189,33 +198,29 @@ def plan(
         files: name -> shape of the tensors in the files.
         model: name -> shape of the model's state dict.
         key_map: file name -> Target, Ignored or None.
-        skip: prefix of model names -> reason; tensors that would go there are ignored (another file
-            has them).
-        report: an earlier report to continue (several sources for one model).
+        taken: model name -> where it comes from already; such tensors are ignored here, whatever their shape.
 
     Returns:
-        The report; `missing` holds the names of `model` that are in none of the sources seen so far.
+        The report; `missing` holds the names of `model` that are neither here nor in `taken`.
     """
-    report = report or KeyReport()
-    taken = set(report.placed.values())
+    report, taken = KeyReport(), taken or {}
+    seen: set[str] = set()
     for name, shape in files.items():
         fate = key_map(name)
-        if isinstance(fate, Target):
-            reason = next((why for prefix, why in (skip or {}).items() if fate.name.startswith(prefix)), None)
-            fate = Ignored(reason) if reason else fate
         if isinstance(fate, Ignored):
             report.ignored[name] = fate.reason
         elif fate is None or fate.name not in model:
             report.unexpected.append(name)
         elif fate.name in taken:
+            report.ignored[name] = f"taken from {taken[fate.name]}"
+        elif fate.name in seen:
             report.unexpected.append(f"{name} (a second tensor for {fate.name})")
-        elif tuple(shape) != tuple(model[fate.name]):
-            report.misshaped.append(
-                f"{name}: {list(shape)} in the file, {list(model[fate.name])} in the model"
-            )
-            taken.add(fate.name)
         else:
-            report.placed[name] = fate.name
-            taken.add(fate.name)
-    report.missing = [name for name in model if name not in taken]
+            seen.add(fate.name)
+            if tuple(shape) == tuple(model[fate.name]):
+                report.placed[name] = fate.name
+            else:
+                pair = f"{list(shape)} in the file, {list(model[fate.name])} in the model"
+                report.misshaped[name] = pair
+    report.missing = [name for name in model if name not in seen and name not in taken]
     return report

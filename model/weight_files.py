@@ -39,10 +39,13 @@ class WeightFiles:
         self.path = Path(path)
         self.unwrap = unwrap
         self.files = _find_files(self.path)
+        self._shapes: dict[str, Shape] = {}
 
     def shapes(self) -> dict[str, Shape]:
         """Name -> shape of every tensor, in file order; a name in two shards is a ValueError."""
-        shapes: dict[str, Shape] = {}
+        shapes = self._shapes
+        if shapes:
+            return shapes
         for file in self.files:
             for name, shape in self._file_shapes(file).items():
                 if name in shapes:
@@ -65,11 +68,24 @@ class WeightFiles:
                 for name in [n for n in state if names is None or n in names]:
                     yield name, state.pop(name)
 
+    def metadata(self) -> dict[str, str]:
+        """Free-text metadata of the first safetensors file; empty for pickles."""
+        if self.files[0].suffix != ".safetensors":
+            return {}
+        with _open_safetensors(self.files[0]) as opened:
+            return dict(opened.metadata() or {})
+
     def _file_shapes(self, file: Path) -> dict[str, Shape]:
         if file.suffix == ".safetensors":
             with _open_safetensors(file) as opened:
                 return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         return {name: tuple(tensor.shape) for name, tensor in read_pickle(file, self.unwrap).items()}
+
+
+def has_weights(path: StrPath) -> bool:
+    """True for a file, or a folder that holds a weight file or an index."""
+    path = Path(path)
+    return path.is_file() or any((path / name).is_file() for name in (*SAFETENSORS_NAMES, *PICKLE_NAMES))
 
 
 def read_pickle(file: StrPath, unwrap: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -1,0 +1,333 @@
+"""Reading and writing whole models: our folders, the published layouts, training states.
+
+    load_lisat(folder)             a merged LISAT, published or ours
+    load_llava(folder)             tower + projector + language model only, no masks
+    load_base(folder, sam_file)    LISAT_PRE, our base, or a LISAT, made ready for training
+    load_trained(weight, base)     a training state with its LoRA folded in
+    save_lisat, save_base, save_sam
+
+Nothing is downloaded. Every tensor of every file is placed, ignored for a stated reason, or an error. Key
+lists can be checked without weights: `python -m model.checkpoint --check full_keys.json`.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from utils.hub import resolve
+from utils.io import StrPath
+
+from .assembly import Source, StateTensors, assemble, build_on_meta, cast_weights, model_shapes
+from .export import save_base, save_lisat, save_sam
+from .key_maps import (
+    SEG_PARTS,
+    KeyMap,
+    Shape,
+    dropping,
+    map_lisat_key,
+    map_own_key,
+    map_sam_key,
+    map_tower_key,
+    plan,
+)
+from .layouts import (
+    Layout,
+    infer_sam_config,
+    infer_vision_config,
+    read_layout,
+    read_vision_config,
+    sam_config_of_file,
+)
+from .lisat import Lisat, LisatConfig
+from .merging import fold_lora, open_training_state
+from .sam import SamConfig
+from .tower_files import is_open_clip, read_open_clip
+from .weight_files import WeightFiles, has_weights
+
+__all__ = ["load_base", "load_lisat", "load_llava", "load_trained", "save_base", "save_lisat", "save_sam"]
+
+logger = logging.getLogger(__name__)
+
+SEG_TOKEN = "[SEG]"
+IMAGE_TAGS = ["<im_start>", "<im_end>"]
+SAM_WRAPPERS = ("sam",)
+EMBEDDING = "llm.model.embed_tokens.weight"
+
+
+class TokenizerLike(Protocol):
+    """The part of `dataset.text.Tokenizer` that is needed here."""
+
+    def __len__(self) -> int:
+        """Number of token ids."""
+
+    def add_tokens(self, tokens: list[str]) -> int:
+        """Add what is not there yet; returns how many were added."""
+
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        """Id of a token."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the parts come from, and what files cannot say. Every loader takes these as keywords."""
+
+    vision_tower: StrPath | None = None
+    """the tower's folder or OpenCLIP `.pt`; None: where the config says (beside the folder, in the cache)"""
+    tower_activation: str | None = None
+    """`gelu` or `quick_gelu`, needed for a tower without config.json (OpenCLIP files)"""
+    sam_file: StrPath | None = None
+    """SAM's own file (`.pth` or safetensors)"""
+    sam: SamConfig | None = None
+    """SAM's sizes; None: from the file's metadata or its shapes (8 decoder heads)"""
+    reinit_seg_modules: bool = False
+    """SAM from `sam_file` and a fresh `text_hidden_fcs` even if the folder has trained ones"""
+    out_dim: int | None = None
+    """width of the mask prompts of a fresh `text_hidden_fcs`; None: SAM's prompt width"""
+
+
+def load_lisat(
+    folder: StrPath, *, dtype: torch.dtype | None = torch.float32, **options: Any
+) -> tuple[Lisat, LisatConfig]:
+    """A whole LISAT on the CPU, in evaluation mode.
+
+    Args:
+        folder: ours (`save_lisat`) or a published merged LISAT; a path, or a published name in the cache.
+        dtype: of all weights (SAM's positional matrix stays fp32); None keeps what is stored.
+        options: see `Options`.
+
+    Raises:
+        ValueError: not such a folder, a part is not found, or tensors do not fit (complete list).
+    """
+    folder = resolve(str(folder), what="LISAT folder")
+    layout = read_layout(folder)
+    if not layout.whole:
+        raise ValueError(
+            f"{folder}: a base without segmentation modules ({layout.kind}); give a merged LISAT, or open it "
+            "with load_llava (text only) or load_base (for training)"
+        )
+    gathered = _gather(folder, layout, Options(**options))
+    config = LisatConfig.from_dict(gathered.fields)
+    return assemble(config, gathered.sources, dtype), config
+
+
+def load_llava(
+    folder: StrPath, *, dtype: torch.dtype | None = torch.float32, **options: Any
+) -> tuple[Lisat, LisatConfig]:
+    """Tower, projector and language model only, of LISAT_PRE, our base, or a LISAT. Else as `load_lisat`."""
+    folder = resolve(str(folder), what="base folder")
+    gathered = _gather(folder, read_layout(folder), Options(**options), masks=False)
+    config = LisatConfig.from_dict(gathered.fields)
+    return assemble(config, gathered.sources, dtype), config
+
+
+def load_base(
+    folder: StrPath,
+    sam_file: StrPath | None = None,
+    *,
+    tokenizer: TokenizerLike | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    new_rows: str = "normal",
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Lisat, LisatConfig]:
+    """A LISAT ready for training: LISAT_PRE + tower + SAM, our own base, or an earlier LISAT.
+
+    Segmentation modules of the folder are kept if it has them (`reinit_seg_modules=True` discards them, as
+    the published program does); otherwise SAM comes from `sam_file` and `text_hidden_fcs` starts fresh.
+
+    Args:
+        folder: the base.
+        sam_file: needed unless the folder holds a SAM that is kept.
+        tokenizer: the base's tokenizer; `[SEG]`, `<im_start>`, `<im_end>` are added to it in place and the
+            embedding and output matrices grow to its length. None leaves both as they are.
+        dtype: see `load_lisat`.
+        new_rows: `normal` (N(0, 0.02), as published) or `mean` of the old rows.
+        seed: of everything that starts fresh.
+        options: see `Options`.
+    """
+    folder = resolve(str(folder), what="base folder")
+    layout = read_layout(folder)
+    gathered = _gather(folder, layout, Options(sam_file=sam_file, **options))
+    fresh = () if layout.whole and not options.get("reinit_seg_modules") else ("text_hidden_fcs.",)
+    config = LisatConfig.from_dict(gathered.fields)
+    model = assemble(config, gathered.sources, dtype, fresh, seed)
+    if tokenizer is not None:
+        seg_token_id = add_lisat_tokens(tokenizer)
+        _grow_vocabulary(model, len(tokenizer), new_rows, seed)
+        config.seg_token_id, config.mm_use_im_start_end = seg_token_id, True
+    return model, config
+
+
+def load_trained(
+    weight: StrPath,
+    base: StrPath,
+    sam_file: StrPath | None = None,
+    *,
+    tokenizer: TokenizerLike | None = None,
+    lora_r: int | None = None,
+    lora_alpha: float = 16.0,
+    dtype: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> tuple[Lisat, LisatConfig]:
+    """The model that a training run made: its tensors over the base it started from, LoRA folded in.
+
+    Args:
+        weight: a run or step folder with `trainable.safetensors`, or a consolidated state
+            (`pytorch_model.bin`, its shards, or safetensors) with the published names or ours.
+        base: the folder the run started from; read only as far as the state does not hold everything.
+        sam_file: as in training; not read if state and base hold SAM.
+        tokenizer: the base's tokenizer, see `load_base`.
+        lora_r: checked against the state if given.
+        lora_alpha: as in training: W + lora_alpha / r * B A.
+        dtype: see `load_lisat`; LoRA is folded in fp32 before the cast.
+        options: see `Options`.
+
+    Raises:
+        ValueError: no training state there, half a LoRA pair, another rank, or tensors that do not fit.
+    """
+    state, lora = open_training_state(weight, lora_r)
+    base = resolve(str(base), what="base folder")
+    gathered = _gather(base, read_layout(base), Options(sam_file=sam_file, **options), overlay=state)
+    fields = gathered.fields
+    rows = gathered.shapes[EMBEDDING][0]
+    fields["llm"] = {**fields["llm"], "vocab_size": rows}
+    if tokenizer is not None:
+        fields |= {"seg_token_id": add_lisat_tokens(tokenizer), "mm_use_im_start_end": True}
+        if rows < len(tokenizer):
+            raise ValueError(
+                f"{weight}: {rows} embedding rows for {len(tokenizer)} tokens; was it trained from {base}?"
+            )
+    config = LisatConfig.from_dict(fields)
+    model = assemble(config, gathered.sources, None if lora else dtype)
+    fold_lora(model, lora, lora_alpha)
+    if dtype is not None:
+        cast_weights(model, dtype)
+    return model, config
+
+
+def add_lisat_tokens(tokenizer: TokenizerLike) -> int:
+    """Add `[SEG]`, `<im_start>`, `<im_end>` in the published order; returns the id of `[SEG]`."""
+    tokenizer.add_tokens([SEG_TOKEN])
+    tokenizer.add_tokens(IMAGE_TAGS)
+    return int(tokenizer.convert_tokens_to_ids(SEG_TOKEN))
+
+
+def _grow_vocabulary(model: Lisat, size: int, new_rows: str, seed: int) -> None:
+    old = model.config.llm["vocab_size"]
+    if size < old:
+        logger.info("the embedding has %d rows for %d tokens; the surplus stays", old, size)
+    elif size > old:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_vocabulary(size, new_rows)
+
+
+def check_keys(
+    names: Mapping[str, Shape], key_map: KeyMap, config: LisatConfig, parts: tuple[str, ...] = ()
+) -> str:
+    """Place a list of names on a model without weights; returns the counts, ValueError on any fault.
+
+    Args:
+        names: name -> shape.
+        key_map: of the layout.
+        config: of the model.
+        parts: prefixes of the parts that the list must cover; empty for all.
+    """
+    report = plan(names, model_shapes(build_on_meta(config)), key_map)
+    report.missing = [name for name in report.missing if name.startswith(parts or ("",))]
+    report.raise_if_faulty("key list")
+    return report.summary()
+
+
+@dataclass
+class _Gathered:
+    """Configuration fields, sources in order of priority, and our names -> shapes over all of them."""
+
+    fields: dict[str, Any]
+    sources: list[Source]
+    shapes: dict[str, Shape]
+
+
+def _gather(
+    folder: Path, layout: Layout, options: Options, overlay: Source | None = None, masks: bool = True
+) -> _Gathered:
+    """Sources (training state, tower, SAM file, the folder: the first that has a tensor wins) and config."""
+    key_map = map_lisat_key if layout.published else map_own_key
+    own_sam = layout.whole and not options.reinit_seg_modules
+    if not masks:
+        key_map = dropping(key_map, SEG_PARTS, "segmentation modules are not wanted")
+    elif options.reinit_seg_modules:
+        key_map = dropping(key_map, SEG_PARTS, "segmentation modules start fresh")
+    fields = dict(layout.fields)
+    main = Source(WeightFiles(folder), key_map, str(folder))
+    sources = [overlay] if overlay is not None else []
+    if layout.published or options.vision_tower is not None:
+        fields["vision"], tower = _tower(folder, layout, options, [*sources, main])
+        sources += [tower] if tower is not None else []
+    held = {name for source in sources for name in source.shapes()}
+    if options.sam_file is not None and masks and not own_sam and not _whole_sam(held):
+        path = resolve(str(options.sam_file), near=[folder], what="SAM file")
+        sources.append(Source(WeightFiles(path, unwrap=SAM_WRAPPERS), map_sam_key, str(path)))
+    elif options.sam_file is not None:
+        logger.info("%s is not read: the SAM comes from elsewhere or is not wanted", options.sam_file)
+    sources.append(main)
+    shapes = {name: shape for source in reversed(sources) for name, shape in source.shapes().items()}
+    if not masks:
+        return _Gathered(fields | {"sam": None, "seg_token_id": -1}, sources, shapes)
+    if options.sam is not None:
+        fields["sam"] = options.sam
+    elif layout.published or not own_sam:
+        fields["sam"] = _sam_config(sources, shapes, folder)
+    projection, prompt = "text_hidden_fcs.0.2.bias", "sam.prompt_encoder.no_mask_embed.weight"
+    fields["out_dim"] = (
+        shapes[projection][0] if projection in shapes else options.out_dim or shapes[prompt][1]
+    )
+    return _Gathered(fields, sources, shapes)
+
+
+def _whole_sam(names: set[str]) -> bool:
+    return {"sam.image_encoder.pos_embed", "sam.mask_decoder.iou_token.weight"} <= names
+
+
+def _tower(
+    folder: Path, layout: Layout, options: Options, holders: list[Source]
+) -> tuple[dict[str, Any], Source | None]:
+    """Vision configuration and, if the tower has a place of its own, its tensors."""
+    wanted = options.vision_tower or layout.tower
+    inside = {k: v for s in holders for k, v in s.shapes().items() if k.startswith("vision_tower.")}
+    try:
+        path = resolve(str(wanted or ""), near=[folder], what="vision tower")
+    except ValueError:
+        if options.vision_tower is not None or not inside:
+            raise
+        logger.info("the tower %s is not here; the one inside %s is taken", wanted, folder)
+        return infer_vision_config(inside, options.tower_activation), None
+    if is_open_clip(path):
+        source = Source(StateTensors(read_open_clip(path)), map_own_key, str(path))
+        return infer_vision_config(source.shapes(), options.tower_activation), source
+    source = Source(WeightFiles(path), map_tower_key, str(path)) if has_weights(path) else None
+    config = read_vision_config(path)
+    if config is None:
+        config = infer_vision_config(source.shapes() if source else inside, options.tower_activation)
+    return config, source
+
+
+def _sam_config(sources: list[Source], shapes: dict[str, Shape], folder: Path) -> SamConfig:
+    if "sam.image_encoder.pos_embed" not in shapes:
+        raise ValueError(f"{folder} holds no SAM: give its file (--vision_pretrained sam_vit_h_4b8939.pth)")
+    for source in sources:
+        if source.key_map is map_sam_key:
+            stated = sam_config_of_file(source.files.metadata(), source.label)
+            if stated is not None:
+                return stated
+    return infer_sam_config(shapes)
+
+
+if __name__ == "__main__":
+    from model.check_keys import main
+
+    main()

@@ -1,0 +1,101 @@
+"""Training states as files, and folding their LoRA matrices into the weights: W + alpha / r * B A."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.hub import resolve
+from utils.io import StrPath
+
+from .assembly import Source
+from .key_maps import Ignored, Target, map_training_key
+from .weight_files import WeightFiles
+
+logger = logging.getLogger(__name__)
+
+TRAINED_FILE = "trainable.safetensors"
+Lora = dict[str, dict[str, Tensor]]
+"""module name -> {"A": (r, in), "B": (out, r)}"""
+
+
+def find_training_state(path: StrPath) -> Path:
+    """The weights that a path means: a file, a step folder, a run folder (its best, else latest step).
+
+    A folder without `trainable.safetensors` is taken as a consolidated state (`pytorch_model.bin` or shards).
+    """
+    path = resolve(str(path), what="training state")
+    if path.is_file() and path.name in ("best", "latest"):
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    for folder in (path, path / "checkpoints"):
+        for pointer in (folder / "best", folder / "latest"):
+            if pointer.is_file():
+                named = folder / pointer.read_text(encoding="utf-8").strip() / TRAINED_FILE
+                if named.is_file():
+                    return named
+    if (path / TRAINED_FILE).is_file():
+        return path / TRAINED_FILE
+    return path
+
+
+def open_training_state(path: StrPath, lora_r: int | None = None) -> tuple[Source, Lora]:
+    """A training state as a source of plain tensors, and its LoRA matrices beside it.
+
+    Args:
+        path: see `find_training_state`.
+        lora_r: expected rank; None accepts any.
+
+    Raises:
+        ValueError: no weights there, half a pair, or another rank.
+    """
+    found = find_training_state(path)
+    if found.is_dir() and not (has := list(found.glob("*.safetensors")) + list(found.glob("*.bin"))):
+        hint = f"run `python zero_to_fp32.py . consolidated` in {found} first" if not has else ""
+        raise ValueError(f"{found}: neither {TRAINED_FILE} nor a consolidated state is here; {hint}")
+    files = WeightFiles(found, unwrap=("module", "state_dict"))
+    names = {}
+    for name in files.shapes():
+        fate = map_training_key(name)
+        if isinstance(fate, Target) and ".lora_" in fate.name:
+            names[name] = fate.name
+    lora: Lora = {}
+    for name, tensor in files.tensors(set(names)):
+        module, _, side = names[name].removesuffix(".weight").rpartition(".lora_")
+        lora.setdefault(module, {})[side] = tensor
+    faults = [f"{module}: only lora_{next(iter(pair))}" for module, pair in lora.items() if len(pair) < 2]
+    ranks = {pair["A"].shape[0] for pair in lora.values() if "A" in pair}
+    if lora_r is not None and ranks and ranks != {lora_r}:
+        faults.append(f"rank {sorted(ranks)} in the state, --lora_r says {lora_r}")
+    if faults:
+        raise ValueError(f"{found}: LoRA tensors do not fit: {'; '.join(faults)}")
+    logger.info("%s: %d LoRA pairs", found, len(lora))
+
+    def plain(name: str) -> Target | Ignored | None:
+        return Ignored("LoRA, folded in afterwards") if name in names else map_training_key(name)
+
+    return Source(files, plain, str(found)), lora
+
+
+def fold_lora(model: nn.Module, lora: Lora, alpha: float) -> None:
+    """Add `alpha / r * B A` to the weight of each module, computed in fp32, in place.
+
+    Raises:
+        ValueError: a module is not in the model, or shapes do not fit (complete list).
+    """
+    modules = dict(model.named_modules())
+    faults = []
+    for name, pair in lora.items():
+        weight = getattr(modules.get(name), "weight", None)
+        fitting = (pair["B"].shape[0], pair["A"].shape[1])
+        if weight is None:
+            faults.append(f"{name}: not in the model")
+        elif tuple(weight.shape) != fitting or pair["B"].shape[1] != pair["A"].shape[0]:
+            faults.append(f"{name}: weight {list(weight.shape)}, B A gives {list(fitting)}")
+    if faults:
+        raise ValueError("LoRA matrices do not fit the base:\n  " + "\n  ".join(faults))
+    with torch.no_grad():
+        for name, pair in lora.items():
+            weight = modules[name].weight
+            delta = pair["B"].float() @ pair["A"].float()
+            weight.copy_(weight.float() + delta * (alpha / pair["A"].shape[0]))
