@@ -1,0 +1,87 @@
+"""A LISAT of a few thousand weights with its tokenizer and processor, made on the spot for tests."""
+
+import io
+from functools import cache
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from dataset.image import ImageProcessor
+from dataset.text import CONV, Tokenizer
+from model.checkpoint import add_lisat_tokens, save_lisat
+from model.lisat import Lisat, LisatConfig
+from model.sam import SamConfig
+
+SENTENCES = [
+    "the red ship left of the white house",
+    "Please segment the largest blue tank in this image.",
+    "Where could a ship berth? There is no such thing here.",
+    "Sure, it is here.",
+]
+SAM = SamConfig(
+    image_size=64,
+    patch_size=8,
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    global_attn_indexes=(1,),
+    window_size=3,
+    prompt_embed_dim=16,
+    mask_in_chans=4,
+    decoder_heads=2,
+    decoder_mlp_dim=16,
+    iou_head_hidden_dim=16,
+)
+
+
+@cache
+def _sentencepiece() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((SENTENCES + [form.opening + form.ask for form in CONV.values()]) * 50),
+        model_writer=model,
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A 384-piece byte-fallback tokenizer with `[SEG]`, `<im_start>`, `<im_end>`."""
+    tokenizer = Tokenizer(_sentencepiece())
+    add_lisat_tokens(tokenizer)
+    return tokenizer
+
+
+def tiny_processor() -> ImageProcessor:
+    """SAM side 64, CLIP side 28."""
+    return ImageProcessor(sam_size=64, clip_size=28)
+
+
+def tiny_model(seed: int = 0, conv_type: str = "llava_v1") -> Lisat:
+    """Random weights, eval mode."""
+    tokenizer = tiny_tokenizer()
+    llm = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    llm |= dict(num_attention_heads=2, max_position_embeddings=512, pad_token_id=0)
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    vision |= dict(image_size=28, patch_size=14)
+    torch.manual_seed(seed)
+    config = LisatConfig(
+        llm, vision, SAM, out_dim=16, seg_token_id=tokenizer.seg_token_id, conv_type=conv_type
+    )
+    model = Lisat(config).eval()
+    for parameter in model.sam.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """`folder` as `save_lisat` writes it."""
+    return save_lisat(tiny_model(seed), folder, tokenizer=tiny_tokenizer(), processor=tiny_processor())

@@ -1,0 +1,97 @@
+"""Predictions do not depend on batching, splitting or loader processes, and say what the model said."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dataset.sample import Conversation, Sample
+from tests.tiny_lisat import tiny_model, tiny_processor, tiny_tokenizer, write_checkpoint
+from utils.predict_lisat import Protocol, load_for_inference, predict, target_of
+from utils.predictions import decode_mask, target_mask
+
+QUERIES = ("the red ship", "the largest blue tank", "the white house", "Where could a ship berth?")
+
+
+def samples(count: int = 3) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        size = (40 + 8 * number, 56)
+        image = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
+        conversations = []
+        for k, query in enumerate(QUERIES[: 1 + (number + 2) % len(QUERIES)]):
+            mask = (rng.random((1, *size)) < 0.3).astype(np.uint8)
+            turns = [(f"Please segment {query}.", "It is [SEG].")]
+            conversations.append(Conversation(turns, mask, query, kind=f"kind {k}", sent_id=k))
+        found.append(Sample(f"{number}.png", image, conversations))
+    return found
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple:
+    return tiny_model(), tiny_tokenizer(), tiny_processor()
+
+
+@pytest.mark.parametrize("prompt", ["forced", "answer", "open"])
+def test_batching_changes_nothing(parts: tuple, prompt: str) -> None:
+    protocol = Protocol(prompt, max_new_tokens=3)
+    data = samples()
+    single = list(predict(*parts, data, protocol, batch_size=1, max_rows=1))
+    assert [index for index, _, _ in single] == [0, 1, 2]
+    for options in (dict(batch_size=3), dict(batch_size=2, max_rows=3), dict(batch_size=2, workers=1)):
+        together = list(predict(*parts, data, protocol, **options))
+        for (index, sample, records), (other, _, expected) in zip(together, single, strict=True):
+            assert index == other
+            assert [r["query"] for r in records] == [c.query for c in sample.conversations]
+            for record, want in zip(records, expected, strict=True):
+                assert record["generated"] == want["generated"]
+                assert record["score"] == pytest.approx(want["score"], abs=1e-4)
+                masks = decode_mask(record["prediction"]), decode_mask(want["prediction"])
+                assert (masks[0] != masks[1]).mean() < 0.002
+                assert masks[0].shape == sample.image.shape[:2]
+
+
+def test_forced_always_has_a_mask_and_open_may_not(parts: tuple) -> None:
+    data = samples(1)
+    _, _, forced = next(predict(*parts, data, Protocol("forced")))
+    assert all(record["score"] is not None and record["generated"] == "" for record in forced)
+    _, _, opened = next(predict(*parts, data, Protocol("open", max_new_tokens=1)))
+    for record in opened:
+        if "[SEG]" not in record["generated"]:
+            assert record["score"] is None and not record["pred_exists"]
+            assert not decode_mask(record["prediction"]).any()
+
+
+def test_records_carry_the_targets(parts: tuple) -> None:
+    data = samples(2)
+    data[0].conversations[0].masks[0, :3] = 255
+    for index, sample, records in predict(*parts, data, Protocol("forced"), indices=[1, 0]):
+        assert sample is data[index]
+        for conversation, record in zip(sample.conversations, records, strict=True):
+            assert (target_mask(record) == conversation.masks[0]).all()
+            assert (record["kind"], record["sent_id"]) == (conversation.kind, conversation.sent_id)
+
+
+def test_target_is_the_union(parts: tuple) -> None:
+    masks = np.array([[[0, 1, 255, 255]], [[0, 0, 1, 255]]], dtype=np.uint8)
+    conversation = Conversation([("q", None)], masks)
+    assert target_of(conversation, (1, 4)).tolist() == [[0, 1, 1, 255]]
+    nothing = dataclasses.replace(conversation, masks=masks[:0])
+    assert not target_of(nothing, (1, 4)).any()
+    with pytest.raises(ValueError, match="pixels"):
+        target_of(conversation, (2, 4))
+
+
+def test_load_for_inference(tmp_path, parts: tuple) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    loaded = load_for_inference(folder)
+    data = samples(1)
+    _, _, want = next(predict(*parts, data, Protocol("forced")))
+    _, _, found = next(predict(*loaded, data, Protocol("forced")))
+    assert found == want
+    with pytest.raises(ValueError, match="--image_size 1024"):
+        load_for_inference(folder, image_size=1024)
+    (folder / "added_tokens.json").write_text('{"<im_start>": 384, "[SEG]": 385, "<im_end>": 386}')
+    with pytest.raises(ValueError, match=r"\[SEG\] has id"):
+        load_for_inference(folder)

@@ -1,0 +1,263 @@
+"""A checkpoint ready to answer; samples -> predictions, each picture encoded once for all its queries.
+
+Used by the evaluation and the demo. B pictures, R queries (token rows), H/W pixels of a picture.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset.collate import collate
+from dataset.image import FILE_NAME as PROCESSOR_FILE
+from dataset.image import ImageProcessor
+from dataset.sample import Conversation, Sample
+from dataset.text import Tokenizer
+from model.checkpoint import load_lisat
+from model.generation import RowAnswer
+from model.layouts import read_layout
+from model.lisat import Lisat
+from utils.hub import resolve
+from utils.io import StrPath
+from utils.metrics import IGNORE_VALUE
+from utils.predictions import query_record
+
+logger = logging.getLogger(__name__)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_for_inference(
+    folder: StrPath, device: str = "cpu", precision: str = "auto", image_size: int = 0
+) -> tuple[Lisat, Tokenizer, ImageProcessor]:
+    """Model, tokenizer and image processor of a merged LISAT folder, ours or published.
+
+    Args:
+        device: where the model goes. precision: "fp32", "bf16", "fp16", or "auto": bf16 on an accelerator,
+            fp32 on a CPU. Masks are upscaled in fp32 whatever the precision.
+        image_size: side of the SAM input, checked against the checkpoint; 0 takes the checkpoint's.
+
+    Raises:
+        ValueError: no such checkpoint, or its parts do not belong together.
+    """
+    folder = Path(folder)
+    if precision == "auto":
+        precision = "fp32" if device == "cpu" else "bf16"
+    model, config = load_lisat(folder, dtype=DTYPES[precision])
+    tokenizer = Tokenizer.from_pretrained(folder)
+    side = config.sam.image_size
+    if image_size and image_size != side:
+        raise ValueError(f"--image_size {image_size}: the SAM of {folder} takes {side}; leave the flag out")
+    if tokenizer.seg_token_id != config.seg_token_id:
+        raise ValueError(
+            f"{folder}: [SEG] has id {tokenizer.seg_token_id} in the tokenizer and {config.seg_token_id} in "
+            "config.json; the tokenizer files belong to another checkpoint"
+        )
+    if (folder / PROCESSOR_FILE).is_file():
+        processor = ImageProcessor.from_pretrained(folder)
+    else:
+        tower = resolve(str(read_layout(folder).tower or ""), near=[folder], what="vision tower")
+        processor = ImageProcessor.from_clip_dir(tower, sam_size=side)
+    model.to(device).eval()
+    logger.info("%s: %s on %s", folder, precision, device)
+    return model, tokenizer, processor
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides the numbers besides weights and data.
+
+    `eval_prompt`: "forced" puts `forced_answer` into the prompt, "answer" keeps the answers that the samples
+    carry; both read the masks from one pass over the prompt. "open" lets the model write its answer, at most
+    `max_new_tokens` long.
+    """
+
+    eval_prompt: str = "open"
+    forced_answer: str = "[SEG]"
+    conv_type: str = "llava_v1"
+    max_new_tokens: int = 512
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes the answer itself."""
+        return self.eval_prompt == "open"
+
+    def prompt(self, conversation: Conversation) -> Conversation:
+        """The conversation as the model gets it: its last answer forced, kept or left open."""
+        if self.eval_prompt == "answer":
+            return conversation
+        *before, (user, _) = conversation.turns
+        answer = None if self.generates else self.forced_answer
+        return replace(conversation, turns=[*before, (user, answer)])
+
+
+@dataclass
+class _Piece:
+    """Some consecutive queries of the sample at `index`, ready to be asked."""
+
+    index: int
+    sample: Sample
+
+
+@dataclass
+class _Work:
+    """What a loader process hands over: whole samples, and their pieces in batches ready for the model."""
+
+    samples: dict[int, Sample]
+    batches: list[tuple[list[_Piece], dict[str, Any]]]
+
+
+class _Loader:
+    """Reads samples and prepares batches (runs inside loader processes)."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        protocol: Protocol,
+        im_start_end: bool,
+        max_rows: int,
+    ) -> None:
+        self.tokenizer, self.processor, self.protocol = tokenizer, processor, protocol
+        self.im_start_end, self.max_rows = im_start_end, max_rows
+
+    def __call__(self, items: Sequence[tuple[int, Sample]]) -> _Work:
+        work = _Work(dict(items), [])
+        group: list[_Piece] = []
+        rows = 0
+        for piece in (piece for index, sample in items for piece in self._pieces(index, sample)):
+            size = len(piece.sample.conversations)
+            if group and rows + size > self.max_rows:
+                work.batches.append((group, self._batch(group)))
+                group, rows = [], 0
+            group.append(piece)
+            rows += size
+        if group:
+            work.batches.append((group, self._batch(group)))
+        return work
+
+    def _pieces(self, index: int, sample: Sample) -> Iterator[_Piece]:
+        conversations = [self.protocol.prompt(conversation) for conversation in sample.conversations]
+        for first in range(0, len(conversations), self.max_rows):
+            part = conversations[first : first + self.max_rows]
+            yield _Piece(index, Sample(sample.image_path, sample.image, part))
+
+    def _batch(self, pieces: list[_Piece]) -> dict[str, Any]:
+        return collate(
+            [piece.sample for piece in pieces],
+            self.tokenizer,
+            self.processor,
+            conv_type=self.protocol.conv_type,
+            padding_side="left",
+            inference=True,
+            im_start_end=self.im_start_end,
+        )
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """(index, sample) of a dataset that gives samples."""
+
+    def __init__(self, dataset: Sequence[Sample]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self.dataset[index]
+
+
+def predict(
+    model: Lisat,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor,
+    dataset: Sequence[Sample],
+    protocol: Protocol,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 4,
+    max_rows: int = 64,
+    workers: int = 0,
+) -> Iterator[tuple[int, Sample, list[dict[str, Any]]]]:
+    """Predictions of a data set, picture by picture in the order of `indices`.
+
+    Args:
+        model: on its device and in its precision, in eval mode.
+        dataset: anything with len and [] that gives samples whose conversations carry their targets.
+        indices: which samples; None means all.
+        batch_size: pictures per call of the model. max_rows: queries per call. workers: loader processes.
+
+    Yields:
+        (index, sample, QUERY records of `utils.predictions`), one per picture.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    groups = [list(indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
+    load = _Loader(tokenizer, processor, protocol, model.config.mm_use_im_start_end, max_rows)
+    loader = torch.utils.data.DataLoader(
+        _Numbered(dataset), batch_sampler=groups, collate_fn=load, num_workers=workers
+    )
+    for work in loader:
+        answers: dict[int, list[RowAnswer]] = {index: [] for index in work.samples}
+        for pieces, batch in work.batches:
+            found = iter(answer_batch(model, batch, protocol))
+            for piece in pieces:
+                answers[piece.index] += [next(found) for _ in piece.sample.conversations]
+        for index, sample in work.samples.items():
+            yield index, sample, _records(sample, answers[index], tokenizer, protocol)
+
+
+@torch.inference_mode()
+def answer_batch(model: Lisat, batch: dict[str, Any], protocol: Protocol) -> list[RowAnswer]:
+    """The model's answers to the R rows of a left-padded batch of `collate`."""
+    parameter = next(model.llm.parameters())
+    images = {key: batch[key].to(parameter.device, parameter.dtype) for key in ("images", "images_clip")}
+    return model.evaluate(
+        images["images_clip"],
+        images["images"],
+        batch["input_ids"].to(parameter.device),
+        batch["sam_mask_shape_list"],
+        protocol.max_new_tokens if protocol.generates else 0,
+        offset=batch["offset"],
+        attention_masks=batch["attention_masks"].to(parameter.device),
+    )
+
+
+def target_of(conversation: Conversation, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W) target of a query: the union of its masks, 255 where they say so and none is 1."""
+    target = np.zeros(size, dtype=np.uint8)
+    for mask in conversation.masks:
+        if mask.shape != tuple(size):
+            raise ValueError(f"a target of {mask.shape} pixels for a picture of {tuple(size)}")
+        target[(mask == IGNORE_VALUE) & (target == 0)] = IGNORE_VALUE
+        target[mask == 1] = 1
+    return target
+
+
+def _records(
+    sample: Sample, answers: Sequence[RowAnswer], tokenizer: Tokenizer, protocol: Protocol
+) -> list[dict[str, Any]]:
+    size = sample.image.shape[:2]
+    records = []
+    for conversation, answer in zip(sample.conversations, answers, strict=True):
+        masks = answer.masks.numpy()
+        prediction = masks[0] if len(masks) else np.zeros(size, dtype=bool)
+        record = query_record(
+            prediction,
+            target_of(conversation, size),
+            query=conversation.query or conversation.turns[-1][0],
+            text=conversation.turns[-1][0],
+            kind=conversation.kind,
+            ref_id=conversation.ref_id,
+            sent_id=conversation.sent_id,
+            gt_exists=conversation.exists,
+            pred_exists=bool(answer.present and prediction.any()),
+            score=round(float(answer.scores[0]), 6) if len(masks) else None,
+            generated=tokenizer.decode(answer.new_ids) if protocol.generates else "",
+            more_masks=masks[1:],
+        )
+        records.append(record)
+    return records
