@@ -1,13 +1,13 @@
 """Question and answer templates: six families, each in the role the published training mix gives it.
 
-| family           | placeholders                | role                                                        |
-|------------------|-----------------------------|-------------------------------------------------------------|
-| `short_question` | `{class_name}`, once or more| asks whether the named thing is there, wants its mask if so |
-| `long_question`  | `{sent}` first              | repeats the user's sentence and asks for the mask           |
-| `long_answer`    | none, one `[SEG]`           | answers a sentence                                          |
-| `short_answer`   | `{class_name}` or none, one `[SEG]` | answers a name                                      |
-| `denial`         | `{class_name}` or none      | says that it is absent                                      |
-| `correction`     | `{class_name}`, `{gt_name}` | says that the first is absent and the second is there       |
+| family           | placeholders                | role                                               |
+|------------------|-----------------------------|----------------------------------------------------|
+| `short_question` | `{class_name}`, 1..n times  | asks whether the named thing is there, and its mask |
+| `long_question`  | `{sent}` first              | repeats the user's sentence and asks for the mask  |
+| `long_answer`    | none; one `[SEG]`           | answers a sentence                                 |
+| `short_answer`   | `{class_name}` or none; one `[SEG]` | answers a name                             |
+| `denial`         | `{class_name}` or none      | says that it is absent                             |
+| `correction`     | `{class_name}`, `{gt_name}` | says that the first is absent, the second is there |
 
 Built-in sets: `default` and `tiny` (few short sentences, for small vocabularies). Users may name a file of
 their own: JSON with the six names, or a Python file whose list literals are read (never executed).
@@ -63,11 +63,11 @@ class Templates:
         """Denials that name nothing, for queries that are sentences (all of them where there is none)."""
         return tuple(t for t in self.denial if _NAME_SLOT not in t) or self.denial
 
-    def question(self, query: str, is_sentence: bool, pick: "Pick") -> str:
-        """User text for a query: a sentence is repeated as it is, a name is lower-cased."""
+    def question(self, query: str, is_sentence: bool, pick: "Pick", lower: bool = True) -> str:
+        """User text for a query: a sentence as it is, a name in lower case where `lower`."""
         if is_sentence:
             return pick(self.long_question).replace(_SENTENCE_SLOT, query)
-        return pick(self.short_question).replace(_NAME_SLOT, query.lower())
+        return pick(self.short_question).replace(_NAME_SLOT, query.lower() if lower else query)
 
     def answer(self, query: str, is_sentence: bool, pick: "Pick", masks: int = 1) -> str:
         """Confirmation with one `[SEG]` per mask, joined by "and"."""
@@ -153,7 +153,7 @@ def _from_json(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _from_python(path: Path) -> dict[str, tuple[str, ...]]:
-    """List literals of a Python file, known by the checksum of the released lists or by the variable's name."""
+    """List literals of a Python file, known by checksum (the released lists) or by variable name."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
@@ -175,7 +175,7 @@ def _from_python(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _texts(node: ast.expr) -> list[str] | None:
-    """Texts of a list literal whose items are strings and sums of strings and names (names: the image tag)."""
+    """Texts of a list literal of strings, or sums of strings and names (a name is the image tag)."""
     if not isinstance(node, ast.List | ast.Tuple):
         return None
     texts = [_text(item) for item in node.elts]
