@@ -131,6 +131,7 @@ def load_base(
     tokenizer: TokenizerLike | None = None,
     dtype: torch.dtype | None = torch.float32,
     new_rows: str = "normal",
+    image_tags: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> tuple[Lisat, LisatConfig]:
@@ -146,6 +147,7 @@ def load_base(
             embedding and output matrices grow to its length. None leaves both as they are.
         dtype: see `load_lisat`.
         new_rows: `normal` (N(0, 0.02), as published) or `mean` of the old rows.
+        image_tags: add and use `<im_start>`, `<im_end>`, as published.
         seed: of everything that starts fresh.
         options: see `Options`.
     """
@@ -156,9 +158,9 @@ def load_base(
     config = LisatConfig.from_dict(gathered.fields)
     model = assemble(config, gathered.sources, dtype, fresh, seed)
     if tokenizer is not None:
-        seg_token_id = add_lisat_tokens(tokenizer)
+        seg_token_id = add_lisat_tokens(tokenizer, image_tags)
         _grow_vocabulary(model, len(tokenizer), new_rows, seed)
-        config.seg_token_id, config.mm_use_im_start_end = seg_token_id, True
+        config.seg_token_id, config.mm_use_im_start_end = seg_token_id, image_tags
     return model, config
 
 
@@ -170,6 +172,8 @@ def load_trained(
     tokenizer: TokenizerLike | None = None,
     lora_r: int | None = None,
     lora_alpha: float = 16.0,
+    lora_targets: str | None = None,
+    image_tags: bool = True,
     dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> tuple[Lisat, LisatConfig]:
@@ -183,20 +187,23 @@ def load_trained(
         tokenizer: the base's tokenizer, see `load_base`.
         lora_r: checked against the state if given.
         lora_alpha: as in training: W + lora_alpha / r * B A.
+        lora_targets: comma-separated module name parts; if given, LoRA of other modules is an error.
+        image_tags: as in training, see `load_base`.
         dtype: see `load_lisat`; LoRA is folded in fp32 before the cast.
         options: see `Options`.
 
     Raises:
         ValueError: no training state there, half a LoRA pair, another rank, or tensors that do not fit.
     """
-    state, lora = open_training_state(weight, lora_r)
+    state, lora = open_training_state(weight, lora_r, lora_targets)
     base = resolve(str(base), what="base folder")
     gathered = _gather(base, read_layout(base), Options(sam_file=sam_file, **options), overlay=state)
     fields = gathered.fields
     rows = gathered.shapes[EMBEDDING][0]
     fields["llm"] = {**fields["llm"], "vocab_size": rows}
     if tokenizer is not None:
-        fields |= {"seg_token_id": add_lisat_tokens(tokenizer), "mm_use_im_start_end": True}
+        seg_token_id = add_lisat_tokens(tokenizer, image_tags)
+        fields |= {"seg_token_id": seg_token_id, "mm_use_im_start_end": image_tags}
         if rows < len(tokenizer):
             raise ValueError(
                 f"{weight}: {rows} embedding rows for {len(tokenizer)} tokens; was it trained from {base}?"
@@ -209,10 +216,11 @@ def load_trained(
     return model, config
 
 
-def add_lisat_tokens(tokenizer: TokenizerLike) -> int:
-    """Add `[SEG]`, `<im_start>`, `<im_end>` in the published order; returns the id of `[SEG]`."""
+def add_lisat_tokens(tokenizer: TokenizerLike, image_tags: bool = True) -> int:
+    """Add `[SEG]`, then `<im_start>`, `<im_end>` (the published order); returns the id of `[SEG]`."""
     tokenizer.add_tokens([SEG_TOKEN])
-    tokenizer.add_tokens(IMAGE_TAGS)
+    if image_tags:
+        tokenizer.add_tokens(IMAGE_TAGS)
     return int(tokenizer.convert_tokens_to_ids(SEG_TOKEN))
 
 
@@ -280,7 +288,7 @@ def _gather(
         return _Gathered(fields | {"sam": None, "seg_token_id": -1}, sources, shapes)
     if options.sam is not None:
         fields["sam"] = options.sam
-    elif layout.published or not own_sam:
+    elif not own_sam or "sam" not in fields:
         fields["sam"] = _sam_config(sources, shapes, folder)
     projection, prompt = "text_hidden_fcs.0.2.bias", "sam.prompt_encoder.no_mask_embed.weight"
     fields["out_dim"] = (

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.io import StrPath, atomic_dir, atomic_write_json, atomic_write_text, fsync_path
+from utils.io import StrPath, atomic_dir, atomic_write_json, atomic_write_text, fsync_path, share_file
 
 from .assembly import stored_dtype
 from .key_maps import SEG_PARTS, published_key
-from .layouts import BASE_TYPE, OWN_TYPE
+from .layouts import BASE_TYPE, OWN_TYPE, SAM_FIELD
 from .model_card import model_card, parameter_counts
 from .tower_files import save_tower_folder
 from .weight_files import write_shards
@@ -118,6 +118,7 @@ def save_sam(sam: nn.Module, file: StrPath, dtype: torch.dtype | None = None) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.partial")
     save_file(state, beside, metadata={"format": "pt", "sam_config": json.dumps(sam.config.to_dict())})
+    share_file(beside)
     fsync_path(beside)
     beside.replace(file)
     fsync_path(file.parent)
@@ -171,6 +172,7 @@ def published_config(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dic
             "vision_tower": f"./{TOWER_FOLDER}",
             "train_mask_decoder": True,
             "out_dim": config.out_dim,
+            SAM_FIELD: config.sam.to_dict(),
         }
     return fields
 

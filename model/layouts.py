@@ -25,6 +25,8 @@ OWN_TYPE = "lisat"
 """`model_type` in our config.json of a whole LISAT."""
 BASE_TYPE = "lisat_base"
 """`model_type` in our config.json of tower + projector + LLM without segmentation modules."""
+SAM_FIELD = "sam_config"
+"""our extra field in a published-layout config.json: SAM's sizes, which shapes do not tell completely"""
 CLIP_HEAD_WIDTH = 64
 """Width of an attention head in every CLIP that OpenAI and OpenCLIP name by size (heads = width / 64)."""
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -103,6 +105,8 @@ def read_layout(folder: StrPath) -> Layout:
         fields |= {"out_dim": raw.get("out_dim", 256), "seg_token_id": _added_token(folder, "[SEG]")}
         if fields["seg_token_id"] is None:
             raise ValueError(f"{folder}: the id of [SEG] is in no added_tokens.json or tokenizer_config.json")
+        if SAM_FIELD in raw:
+            fields["sam"] = SamConfig.from_dict(raw[SAM_FIELD])
     tower = raw.get("mm_vision_tower") or raw.get("vision_tower")
     return Layout("published" if whole else "published_base", fields, tower, raw)
 

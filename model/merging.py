@@ -11,7 +11,7 @@ from utils.io import StrPath
 
 from .assembly import Source
 from .key_maps import Ignored, Target, map_training_key
-from .weight_files import WeightFiles
+from .weight_files import WeightFiles, has_weights
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +39,24 @@ def find_training_state(path: StrPath) -> Path:
     return path
 
 
-def open_training_state(path: StrPath, lora_r: int | None = None) -> tuple[Source, Lora]:
+def open_training_state(
+    path: StrPath, lora_r: int | None = None, lora_targets: str | None = None
+) -> tuple[Source, Lora]:
     """A training state as a source of plain tensors, and its LoRA matrices beside it.
 
     Args:
         path: see `find_training_state`.
         lora_r: expected rank; None accepts any.
+        lora_targets: comma-separated parts of module names that may carry LoRA; None accepts all.
 
     Raises:
-        ValueError: no weights there, half a pair, or another rank.
+        ValueError: no weights there, half a pair, another rank, or an unexpected module.
     """
     found = find_training_state(path)
-    if found.is_dir() and not (has := list(found.glob("*.safetensors")) + list(found.glob("*.bin"))):
-        hint = f"run `python zero_to_fp32.py . consolidated` in {found} first" if not has else ""
-        raise ValueError(f"{found}: neither {TRAINED_FILE} nor a consolidated state is here; {hint}")
+    if not has_weights(found):
+        hint = f"; run `python zero_to_fp32.py . consolidated` in {found} first"
+        hint = hint if (found / "zero_to_fp32.py").is_file() else ""
+        raise ValueError(f"{found}: neither {TRAINED_FILE} nor a consolidated state is here{hint}")
     files = WeightFiles(found, unwrap=("module", "state_dict"))
     names = {}
     for name in files.shapes():
@@ -67,6 +71,10 @@ def open_training_state(path: StrPath, lora_r: int | None = None) -> tuple[Sourc
     ranks = {pair["A"].shape[0] for pair in lora.values() if "A" in pair}
     if lora_r is not None and ranks and ranks != {lora_r}:
         faults.append(f"rank {sorted(ranks)} in the state, --lora_r says {lora_r}")
+    wanted = [part.strip() for part in (lora_targets or "").split(",") if part.strip()]
+    if wanted:
+        others = [module for module in lora if not any(part in module for part in wanted)]
+        faults += [f"{module}: not in lora_target_modules {lora_targets}" for module in others]
     if faults:
         raise ValueError(f"{found}: LoRA tensors do not fit: {'; '.join(faults)}")
     logger.info("%s: %d LoRA pairs", found, len(lora))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.io import StrPath, atomic_write_json, read_json
+from utils.io import StrPath, atomic_write_json, read_json, share_file
 
 from .key_maps import Shape
 
@@ -178,6 +178,7 @@ def _save(file: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.
         )
         storages.add(storage.data_ptr())
     save_file(unshared, file, metadata={"format": "pt"})
+    share_file(file)
 
 
 def _open_safetensors(file: Path) -> safe_open:

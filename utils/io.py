@@ -40,7 +40,7 @@ def atomic_write_bytes(path: StrPath, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
+        share_file(beside)
         os.replace(beside, final)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
@@ -162,6 +162,11 @@ def _fsync_tree(folder: Path) -> None:
         for name in names:
             fsync_path(Path(root) / name)
         fsync_path(root)
+
+
+def share_file(path: StrPath) -> None:
+    """Give a file the permissions that a plainly opened one gets (some writers make private files)."""
+    os.chmod(path, 0o666 & ~_umask())
 
 
 def _umask() -> int:
