@@ -124,8 +124,8 @@ class Generation(nn.Module):
         Decoding stops at the end token or after `max_new_tokens`; with 0 one pass over the prompts gives
         the masks of the `[SEG]` in them. `score`: `foreground` (mean foreground probability) or `iou`
         (SAM's own estimate). `cached` False re-runs whole sequences (slow; for tests).
-        `compat_leftpad_mask` repeats the published attention mask of left-padded batches, which shows
-        padding and hides image tokens. Returns one `RowAnswer` per row.
+        `compat_leftpad_mask` repeats what the published evaluation does to left-padded batches: rows see
+        their padding. Returns one `RowAnswer` per row.
         """
         if score not in ("foreground", "iou"):
             raise ValueError(f"score is {score!r}; known: foreground, iou")
@@ -311,26 +311,20 @@ class Generation(nn.Module):
     def _prefill_leftpad(
         self, rows: Sequence[Row], images_clip: Tensor | None
     ) -> tuple[_Decoding, list[list[Tensor]]]:
-        """Left-padded rows whose mask is N-1 ones, P zeros, ones: pads are seen, image tokens are not."""
-        features, device = self.config.num_image_features, self.device
+        """Left-padded rows without any mask: every row sees its padding, positions count it."""
         pads = [max(len(row.ids) for row in rows) - len(row.ids) for row in rows]
         padded = [Row([0] * n + row.ids, row.image) for n, row in zip(pads, rows, strict=True)]
-        layout = pack_rows(padded, features, share_prefix=False)
+        layout = pack_rows(padded, self.config.num_image_features, share_prefix=False)
         embeddings = self.embed_packed(layout, images_clip)  # R, T, H
-        slots = torch.arange(embeddings.shape[1], device=device) - (features - 1)
-        valid = (slots < 0) | (slots >= torch.tensor(pads, device=device)[:, None])  # R, T
-        causal = torch.ones(len(slots), len(slots), dtype=torch.bool, device=device).tril()
         cache = DynamicCache(config=self.llm.config)
         hidden = self.llm.model(
-            inputs_embeds=embeddings,
-            attention_mask=self.block_mask((valid[:, None] & causal)[:, None], embeddings.dtype),
-            past_key_values=cache,
-            use_cache=True,
+            inputs_embeds=embeddings, past_key_values=cache, use_cache=True
         ).last_hidden_state
         seg: list[list[Tensor]] = [[] for _ in rows]
         for r, p in self._seg_of_prompts(padded):
             seg[r].append(hidden[r, p])
-        position = torch.full((len(rows),), len(slots), device=device)
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=self.device)
+        position = torch.full((len(rows),), valid.shape[1], device=self.device)
         return _Decoding(list(range(len(rows))), cache, valid, position, hidden[:, -1]), seg
 
     # ---- masks --------------------------------------------------------------------------------------------

@@ -359,8 +359,8 @@ class Lisat(Generation):
             source = self.encode_images(_select(images, [0]))
         else:
             source = prompts.new_zeros(1, prompts.shape[1], side, side)
-        low_res, iou = self.sam.decode(source, prompts[:, None])
-        return 0 * (low_res.sum() + iou.sum()).float()
+        low_res, _ = self.sam.decode(source, prompts[:, None])
+        return 0 * low_res.sum().float()
 
 
 def _select(batch: Tensor, wanted: Sequence[int]) -> Tensor:
