@@ -1,6 +1,6 @@
 """Procedurally drawn satellite-like scenes and questions whose words alone decide the mask.
 
-A scene is a square RGB picture of ground with 4 to 7 non-overlapping objects; an object has a kind, a colour,
+A scene is a square RGB picture of ground with up to 7 non-overlapping objects; each has a kind, a colour,
 a size and a heading. `ask` draws questions about one scene: by attribute, all of a class, by position, by
 size, by relation to another object, by purpose (implicit), and about things that are not there. A question is
 only asked where its answer is unambiguous by a margin, and superlatives and relations only where a second
@@ -179,7 +179,7 @@ def _place(rng: np.random.Generator, size: int, count: int) -> list[tuple[float,
 
 
 def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
-    """Draw one scene of `size` x `size` pixels with 4 to 7 objects of 2 to 4 kinds."""
+    """Draw one scene of `size` x `size` pixels with up to 7 objects of up to 4 kinds."""
     ground = np.array(_GROUNDS[rng.integers(len(_GROUNDS))], np.float32) + rng.uniform(-12, 12, 3)
     patches = cv2.resize(
         rng.normal(0, 9, (7, 7, 3)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC
@@ -189,6 +189,7 @@ def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
     palette = rng.choice(list(COLOURS), rng.integers(2, 5), replace=False)
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     objects = []
+    taken = np.zeros((size, size), np.uint8)
     for x, y, radius in _place(rng, size, int(rng.integers(4, 8))):
         kind, colour = str(rng.choice(kinds)), str(rng.choice(palette))
         heading = rng.uniform(0, 2 * np.pi)
@@ -196,6 +197,9 @@ def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
         corners = radius * _outline(kind, rng) @ np.array([[cos, sin], [-sin, cos]]) + (x, y)
         mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [np.round(corners * 16).astype(np.int32)], 1, shift=4)
+        if (mask & taken).any():  # corners may reach out of the circle
+            continue
+        taken |= mask
         shade = np.array(COLOURS[colour], np.float32) * rng.uniform(0.88, 1.08) + rng.uniform(-10, 10, 3)
         image[mask.astype(bool)] = shade
         along = ((columns - x) * cos + (rows - y) * sin) / radius
