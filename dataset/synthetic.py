@@ -11,9 +11,14 @@ Shapes: H = W = scene size in pixels; masks uint8 (H, W) with values 0 and 1; po
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
+from tqdm import tqdm
+
+from dataset.generic import write_annotations
+from utils.io import StrPath
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 45, 40),
@@ -381,3 +386,28 @@ def ask(
         if len(queries) == count:
             break
     return list(queries.values())
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def write_scenes(folder: StrPath, count: int, seed: int, questions: int = 8, size: int = 128) -> Path:
+    """Draw `count` scenes with up to `questions` questions each into `folder`, in the project's own format.
+
+    Pictures are PNG under `images/`, annotations in `annotations.json` (returned); the same arguments give
+    the same files.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images = []
+    for number in tqdm(range(count), desc=f"drawing {folder}", unit="scene", mininterval=1.0):
+        rng = np.random.default_rng((seed, number))
+        scene = draw_scene(rng, size)
+        name = f"images/{number:06d}.png"
+        cv2.imwrite(str(folder / name), scene.image[..., ::-1])
+        queries = []
+        for query in ask(scene, rng, questions):
+            entry = {"text": query.phrase, "kind": query.kind, "exists": bool(query.targets)}
+            queries.append({**entry, "masks": [query.mask(scene)] if query.targets else []})
+        images.append({"file": name, "queries": queries})
+    return write_annotations(folder, images)

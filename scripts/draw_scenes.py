@@ -1,0 +1,49 @@
+"""Draw synthetic scenes with questions: train, val and test folders in the project's own format.
+
+python scripts/draw_scenes.py --out dataset_files/synthetic --train 1500 --val 60 --test 150
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.config import parse_config  # noqa: E402
+
+
+@dataclass
+class DrawConfig:
+    """Settings of the drawing program."""
+
+    out: str = "./dataset_files/synthetic"
+    """Folder that gets one sub-folder per split."""
+    train: int = 1500
+    """Training scenes."""
+    val: int = 60
+    """Validation scenes."""
+    test: int = 150
+    """Test scenes."""
+    questions: int = 8
+    """Questions per scene at the most."""
+    size: int = 128
+    """Side of a scene in pixels."""
+    seed: int = 0
+    """Seed; every split continues differently from it."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw every split that has scenes."""
+    config = parse_config(DrawConfig, argv)
+    from dataset.synthetic import write_scenes
+
+    for number, split in enumerate(("train", "val", "test")):
+        count = getattr(config, split)
+        if count:
+            write_scenes(
+                Path(config.out) / split, count, config.seed * 3 + number, config.questions, config.size
+            )
+
+
+if __name__ == "__main__":
+    main()
