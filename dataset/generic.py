@@ -204,8 +204,8 @@ def _stored(queries: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 class GenericData(ConversationData):
     """Samples of an `annotations.json`.
 
-    Training: up to `num_per_image` questions of a picture, drawn without repetition. Evaluation: all that have a
-    target, in file order; the target is the union of a question's masks, so that every row has one target.
+    Training: up to `num_per_image` questions of a picture, drawn without repetition. Evaluation: all
+    that have a target, in file order; it is the union of a question's masks, so every row has one.
 
     Args:
         path: the file or its folder.

@@ -301,8 +301,7 @@ class GresData(ConversationData):
         check_raster(options.raster)
         self.false_premise = name == "ReasonSeg" if false_premise is None else false_premise
         self.entries: list[Entry] = []
-        for split in splits.split("_"):
-            folders = find_split(root, name, split, options.list_file)
+        for folders in _split_folders(root, name, splits, options.list_file):
             entries, faults = read_split(folders, only_beside=name == "ReasonSeg")
             self.faults += faults
             for entry in entries:
@@ -366,6 +365,16 @@ class GresData(ConversationData):
         train = self.options.train
         turns = [(question, premise.answer)] if train else self._eval_turns(question, premise.answer)
         return Conversation(turns, masks, query=premise.question, exists=False, kind="false premise")
+
+
+def _split_folders(root: StrPath, name: str, splits: str, list_file: str | None) -> list[SplitFolders]:
+    """Folders of `splits`: one folder of that name, or several names joined with underscores."""
+    try:
+        return [find_split(root, name, splits, list_file)]
+    except ValueError:
+        if "_" not in splits:
+            raise
+        return [find_split(root, name, split, list_file) for split in splits.split("_")]
 
 
 def _choose(items: tuple[Any, ...], count: int, rng: np.random.Generator) -> list[Any]:

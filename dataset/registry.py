@@ -1,11 +1,11 @@
 """Data sets by name: what a command line's `--dataset` may say.
 
 * `GeoReasonSeg|train`: GRES; `|train_val` joins two splits. `ReasonSeg|train`: with false premises.
-* `NAME|SPLIT`: the folder `<dataset_dir>/NAME/SPLIT` in the project's own format, for example `synthetic|train`,
-  or a GRES-like folder `<dataset_dir>/reason_seg/NAME/SPLIT`.
+* `NAME|SPLIT`: the folder `<dataset_dir>/NAME/SPLIT` in the project's own format (`synthetic|train`), or a
+  GRES-like folder `<dataset_dir>/reason_seg/NAME/SPLIT`.
 * `generic:PATH`: a folder (or file) in the project's own format.
-* `sem_seg_folder:PATH`: a semantic segmentation folder; `sem_seg_folder:PATH|FILES` some of its pictures: glob
-  patterns separated by commas (`*part[1-7]`), or a file with names.
+* `sem_seg_folder:PATH`: a semantic segmentation folder; `sem_seg_folder:PATH|FILES` some of its pictures:
+  glob patterns separated by commas (`*part[1-7]`), or a file with names.
 
 PATH is looked for as it is and below `dataset_dir`.
 """

@@ -3,6 +3,7 @@
 A mask has its picture's stem and size. Id 255, and every class named `ignore`, does not count.
 """
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -96,7 +97,7 @@ def _filtered(pictures: list[Path], files: str | Iterable[str] | None, folder: P
             if path.is_file():
                 names = set(read_names(path))
                 return [picture for picture in pictures if picture.stem in names]
-        files = files.split(",")
+        files = re.split(r",(?![^\[]*\])", files)  # commas outside brackets
     patterns = [pattern.strip() for pattern in files if pattern.strip()]
     chosen = [p for p in pictures if any(fnmatch(p.stem, x) or fnmatch(p.name, x) for x in patterns)]
     if not chosen:
