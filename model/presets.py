@@ -25,8 +25,8 @@ def lisat_7b() -> LisatConfig:
 def lisat_tiny(vocab_size: int = 512, seg_token_id: int = -1) -> LisatConfig:
     """The small LISAT that trains on two cores; the tokenizer decides both arguments."""
     return LisatConfig(
-        llm=_llama(vocab_size, 128, 352, 4, 4, 1024),
-        vision=_clip(128, 512, 5, 4, 128, 16, "quick_gelu") | {"projection_dim": 64},
+        llm=_llama(vocab_size, 128, 352, 6, 4, 1024),
+        vision=_clip(128, 384, 5, 4, 128, 16, "quick_gelu") | {"projection_dim": 64},
         sam=sam_config("sam_tiny"),
         out_dim=64,
         seg_token_id=seg_token_id,
