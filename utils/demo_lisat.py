@@ -59,15 +59,16 @@ class DemoConfig:
 
 def run(config: DemoConfig, ask: Callable[[str], str] = input) -> Iterator[str]:
     """Answer the questions of the command line, or those `ask(prompt)` gives; yields texts to show."""
+    from utils.evaluate_lisat import model_folder
+
+    folder = model_folder(config.pretrained_model_path)  # before the slow imports
     from dataset.text import CONV
     from utils.distributed import choose_device
-    from utils.evaluate_lisat import model_folder
     from utils.predict_lisat import Protocol, load_for_inference
 
     if config.conv_type and config.conv_type not in CONV:
         raise ValueError(f"--conv_type {config.conv_type} is unknown; choose one of {', '.join(CONV)}")
     device = config.device if ":" in config.device else choose_device(config.device)
-    folder = model_folder(config.pretrained_model_path)
     model, tokenizer, processor = load_for_inference(folder, device, config.precision, config.image_size)
     protocol = Protocol(
         "open",

@@ -1,0 +1,389 @@
+"""Evaluation of a LISAT checkpoint on a data set: inference, scores, bootstrap (logic of `eval_lisat.py`).
+
+Protocols. *forced*: the answer `[SEG]` is part of the prompt, as in the published GRES numbers; one pass over
+the prompt gives the mask. *answer*: the same with a whole answer sentence around `[SEG]`, as in training.
+*open*: the model writes its answer, which may hold no `[SEG]` at all.
+Several processes (torchrun, or `--process_num i --world_size n`) each take every n-th picture and write their
+own file; whoever finishes last merges them.
+"""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from utils.io import StrPath
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dataset.sample import Sample
+    from utils.predict_lisat import Protocol
+    from utils.predictions import Predictions
+
+logger = logging.getLogger(__name__)
+
+MERGED_MODEL, SHIPPED_MODEL = Path("runs/lisat/hg_model"), Path("checkpoints/lisat_tiny")
+REPO = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class EvalConfig:
+    """Evaluate a LISAT checkpoint: predict masks for a data set, score them, bootstrap the scores."""
+
+    cmd: Literal["inference", "metrics", "bootstrap_metrics", "download"] = "inference"
+    """inference: predict and score; metrics, bootstrap_metrics: score the predictions on disk again;
+    download: say what to fetch and where to put it."""
+    pretrained_model_path: str = ""
+    """Checkpoint folder. Empty: runs/lisat/hg_model if it is there, else checkpoints/lisat_tiny."""
+    val_dataset: str = "GeoReasonSeg"
+    """Data set as in training: NAME, NAME|SPLIT, generic:PATH or
+    sem_seg_folder:PATH|FILES."""
+    dataset_dir: str = "./dataset"
+    """Root of the data sets."""
+    split: str = "test"
+    """Split of a data set that is given by its NAME alone."""
+    list_file: str = ""
+    """File with the names of the pictures to score (GRES-like data)."""
+    all_texts: bool = False
+    """Ask every text of a GRES-like picture; off: the first, as published."""
+    keep_empty: bool = False
+    """Score GRES-like files without any target (as empty targets) instead of leaving them out."""
+    strict: bool = False
+    """Stop at unusable files of the data set instead of leaving them out with a warning."""
+    templates: str = "default"
+    """Question templates: default, tiny, or a file."""
+    vis_save_path: str = "./inference_dir/lisat"
+    """Folder for predictions and results."""
+    eval_prompt: Literal["auto", "forced", "answer", "open"] = "auto"
+    """forced: the prompt ends with the answer --forced_answer; answer: with a whole fixed answer that holds
+    [SEG]; open: the model answers.
+    auto: forced for GeoReasonSeg as published, open for everything else."""
+    forced_answer: str = "[SEG]"
+    """The answer put into forced prompts."""
+    conv_type: str = "auto"
+    """Prompt template. auto: vicuna_v1 for the published protocol (GeoReasonSeg, forced), else the
+    checkpoint's own."""
+    raster: Literal["official", "exact"] = "official"
+    """How polygons become pixels: as published, or pixel-exact."""
+    respect_ignore: bool = False
+    """Leave ignore pixels (255) out of the counts; off: background in GRES-like files, as published."""
+    shuffle_questions: bool = False
+    """Add the control: every query scored with the prediction for another query of its picture."""
+    image_size: int = 0
+    """Side of the SAM input; 0: what the checkpoint says."""
+    model_max_length: int = 512
+    """Accepted for old command lines; evaluation cuts nothing."""
+    max_new_tokens: int = 512
+    """Longest answer in open prompts."""
+    batch_size: int = 4
+    """Pictures per batch; all queries of a picture share one encoding."""
+    max_rows: int = 64
+    """Most queries in one call of the model; more of them are done in several calls."""
+    workers: int = -1
+    """Processes that load pictures; -1: 4 with an accelerator, none without."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format; auto: bf16 with an accelerator, fp32 without."""
+    device: str = "auto"
+    """auto: this process's accelerator where there is one, else cpu."""
+    local_rank: int = 0
+    """Set by launchers."""
+    process_num: int = 0
+    """Number of this process when processes are started by hand."""
+    world_size: int = 1
+    """How many processes are started by hand."""
+    limit: int = 0
+    """Evaluate the first so many pictures only; 0: all."""
+    restart: bool = False
+    """Forget predictions already in --vis_save_path instead of continuing behind them."""
+    gallery: int = 12
+    """So many predictions are drawn into gallery_<dataset>.png; 0: none."""
+    recount: bool = False
+    """metrics: count the pixels of the stored masks again."""
+    bootstrap_rounds: int = 20
+    """Rounds of bootstrap_metrics."""
+    bootstrap_fraction: float = 0.8
+    """Share of the pictures drawn per round."""
+    seed: int = 0
+    """Of the question templates, the bootstrap, the control and the gallery."""
+
+    def validate(self) -> list[str]:
+        """One sentence per fault."""
+        faults = [
+            f"--{name} is {getattr(self, name)}; it must be at least {least}"
+            for name, least in (("batch_size", 1), ("max_rows", 1), ("world_size", 1), ("max_new_tokens", 1))
+            if getattr(self, name) < least
+        ]
+        if not 0 <= self.process_num < max(1, self.world_size):
+            faults.append(
+                f"--process_num {self.process_num} is not in 0..{self.world_size - 1} (--world_size)"
+            )
+        if "[SEG]" not in self.forced_answer:
+            faults.append(f"--forced_answer {self.forced_answer!r} holds no [SEG]")
+        if not 0 < self.bootstrap_fraction <= 1:
+            faults.append(f"--bootstrap_fraction {self.bootstrap_fraction} is not in (0, 1]")
+        return faults
+
+
+def run(config: EvalConfig) -> str:
+    """Carry out `config.cmd`; returns the text to show."""
+    commands = {
+        "inference": inference,
+        "metrics": score,
+        "bootstrap_metrics": bootstrap,
+        "download": download_advice,
+    }
+    return commands[config.cmd](config)
+
+
+# ---------------------------------------------------------------- inference
+
+
+def inference(config: EvalConfig) -> str:
+    """Predict this process's share of the pictures, merge when all are there, and score."""
+    folder = model_folder(config.pretrained_model_path, prefer_merged=True)  # before the slow imports
+    from utils.predict_lisat import load_for_inference, predict
+    from utils.predictions import PredictionWriter, merge_ranks, read_predictions
+
+    rank, world_size, device = _place(config)
+    model, tokenizer, processor = load_for_inference(folder, device, config.precision, config.image_size)
+    protocol = choose_protocol(config, model.config.conv_type)
+    dataset = open_dataset(config, protocol.eval_prompt)
+    number = min(config.limit, len(dataset)) if config.limit else len(dataset)
+    header = {
+        "dataset": dataset_name(config),
+        "data": dataset_spec(config),
+        "templates": config.templates,
+        "n_images": number,
+        "checkpoint": str(config.pretrained_model_path or folder),
+        "weights": fingerprint(folder),
+        "eval_prompt": protocol.eval_prompt,
+        "forced_answer": protocol.forced_answer if protocol.eval_prompt == "forced" else None,
+        "conv_type": protocol.conv_type,
+        "max_new_tokens": protocol.max_new_tokens if protocol.generates else None,
+        "raster": config.raster,
+        "respect_ignore": config.respect_ignore,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "all_texts": config.all_texts,
+        "list_file": config.list_file or None,
+        "image_size": processor.sam_size,
+        "seed": config.seed,
+    }
+    start, queries = time.perf_counter(), 0
+    with PredictionWriter(config.vis_save_path, header, rank, world_size, config.restart) as writer:
+        wanted = [index for index in range(rank, number, world_size) if index not in writer.done]
+        logger.info(
+            "%s: %d of %d pictures here, %d done before",
+            header["dataset"],
+            len(wanted),
+            number,
+            len(writer.done),
+        )
+        workers = config.workers if config.workers >= 0 else 4 * (device != "cpu")
+        found = predict(
+            model,
+            tokenizer,
+            processor,
+            dataset,
+            protocol,
+            wanted,
+            config.batch_size,
+            config.max_rows,
+            workers,
+        )
+        for done, (index, sample, records) in enumerate(found, start=1):
+            writer.write(index, sample.image_path, sample.image.shape[:2], records)
+            queries += len(records)
+            if done % max(1, len(wanted) // 10) == 0:
+                seconds = time.perf_counter() - start
+                logger.info("%d / %d pictures, %.1f queries/s", done, len(wanted), queries / seconds)
+    merged = merge_ranks(config.vis_save_path, header["dataset"])
+    if merged is None:
+        found = read_predictions(config.vis_save_path, header["dataset"])
+        missing = number - len(found.images)
+        return f"process {rank} of {world_size} is done; {missing} pictures of others are missing"
+    logger.info("predictions: %s", merged)
+    if rank != 0 and world_size > 1:
+        return f"process {rank} of {world_size} is done; all predictions are in {merged}"
+    return score(config)
+
+
+def choose_protocol(config: EvalConfig, checkpoint_conv_type: str) -> "Protocol":
+    """The protocol of a run with its `auto` settings decided; says what was chosen."""
+    from dataset.text import CONV
+    from utils.predict_lisat import Protocol
+
+    published = config.val_dataset.partition("|")[0] == "GeoReasonSeg"
+    eval_prompt, conv_type = config.eval_prompt, config.conv_type
+    if eval_prompt == "auto":
+        eval_prompt = "forced" if published else "open"
+    if conv_type == "auto":
+        conv_type = "vicuna_v1" if published and eval_prompt == "forced" else checkpoint_conv_type
+    if conv_type not in CONV:
+        raise ValueError(f"--conv_type {conv_type} is unknown; choose one of auto, {', '.join(CONV)}")
+    logger.info(
+        "protocol: prompt %s, conversation template %s, raster %s", eval_prompt, conv_type, config.raster
+    )
+    if conv_type != checkpoint_conv_type:
+        logger.info("the checkpoint was trained with template %s", checkpoint_conv_type)
+    return Protocol(eval_prompt, config.forced_answer, conv_type, config.max_new_tokens)
+
+
+def fingerprint(folder: StrPath) -> str:
+    """16 hex digits that change with the weights of a checkpoint folder.
+
+    Hashes config.json, and of every weight file its size and 256 blocks of 64 KiB spread over it.
+    """
+    folder, block = Path(folder), 1 << 16
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".bin") and path.name != "config.json":
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for start in sorted({k * max(0, size - block) // 255 for k in range(256)}):
+                file.seek(start)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
+
+
+def _place(config: EvalConfig) -> tuple[int, int, str]:
+    """(rank, number of processes, device) of this process from the launcher or from the flags."""
+    from utils.distributed import choose_device, read_environment
+
+    environment = read_environment()
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    local_rank = int(environment["LOCAL_RANK"])
+    if world_size == 1:
+        rank, world_size = config.process_num, config.world_size
+        local_rank = config.local_rank or config.process_num
+    elif config.world_size not in (1, world_size):
+        raise ValueError(
+            f"the launcher started {world_size} processes, --world_size is {config.world_size}; drop the flag"
+        )
+    device = config.device if ":" in config.device else choose_device(config.device)
+    if device == "cuda":
+        import torch
+
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    return rank, world_size, device
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def score(config: EvalConfig) -> str:
+    """Score the predictions in `vis_save_path`; writes results_<dataset>.json/.md and the gallery."""
+    from utils.eval_report import build_report, report_markdown, write_gallery, write_report
+
+    predictions = _stored(config)
+    report = build_report(
+        predictions, shuffle=config.shuffle_questions, recount=config.recount, seed=config.seed
+    )
+    name = predictions.header["dataset"]
+    paths = list(write_report(config.vis_save_path, f"results_{name}", report))
+    if config.gallery:
+        file = Path(config.vis_save_path) / f"gallery_{name}.png"
+        try:
+            paths.append(write_gallery(file, predictions, _picture, config.gallery, config.seed))
+        except (ValueError, OSError) as error:
+            logger.warning("no gallery was drawn: %s", error)
+    return report_markdown(report) + "\n" + "\n".join(f"written: {path}" for path in paths if path)
+
+
+def bootstrap(config: EvalConfig) -> str:
+    """The published bootstrap of the predictions in `vis_save_path`; writes bootstrap_<dataset>.json/.md."""
+    from utils.eval_report import build_bootstrap, report_markdown, write_report
+
+    predictions = _stored(config)
+    report = build_bootstrap(predictions, config.bootstrap_rounds, config.bootstrap_fraction, config.seed)
+    paths = write_report(config.vis_save_path, f"bootstrap_{predictions.header['dataset']}", report)
+    return report_markdown(report) + "\n" + "\n".join(f"written: {path}" for path in paths)
+
+
+def _stored(config: EvalConfig) -> "Predictions":
+    from utils.predictions import read_predictions
+
+    return read_predictions(config.vis_save_path, dataset_name(config))
+
+
+def _picture(path: str) -> "np.ndarray":
+    from dataset.image import load_rgb
+
+    return load_rgb(path)
+
+
+# ---------------------------------------------------------------- what is on disk
+
+
+def dataset_spec(config: EvalConfig) -> str:
+    """What `load_dataset` gets: `val_dataset`, with the split if it is a name alone."""
+    given = config.val_dataset
+    return given if "|" in given or ":" in given else f"{given}|{config.split}"
+
+
+def dataset_name(config: EvalConfig) -> str:
+    """Name used in file names: the set's or folder's name, and the split or pattern if it is not `test`."""
+    head, _, part = dataset_spec(config).partition("|")
+    name = Path(head.partition(":")[2] or head).name
+    name = name if part in ("", "test") else f"{name}_{part}"
+    return re.sub(r"_*[^\w.+-]+", "_", name).strip("_")
+
+
+def open_dataset(config: EvalConfig, eval_prompt: str) -> "Sequence[Sample]":
+    """The data set of an evaluation: every question of every picture once, templates fixed by file names."""
+    from dataset.registry import load_dataset
+
+    return load_dataset(
+        dataset_spec(config),
+        config.dataset_dir,
+        train=False,
+        prompt=eval_prompt,
+        raster=config.raster,
+        respect_ignore=True if config.respect_ignore else None,
+        templates=config.templates,
+        seed=config.seed,
+        all_texts=config.all_texts,
+        keep_empty=config.keep_empty,
+        list_file=config.list_file or None,
+        strict=config.strict,
+    )
+
+
+def download_advice(config: EvalConfig) -> str:
+    """What to fetch for the published evaluation and where to put it. Nothing is downloaded."""
+    from utils.hub import KNOWN_REPOSITORIES
+
+    root = Path(config.dataset_dir) / "reason_seg" / "GeoReasonSeg"
+    return f"""Nothing is downloaded here. On a machine with internet access:
+
+1. the checkpoint and its vision tower (16.2 GB and 1.2 GB)
+   hf download {KNOWN_REPOSITORIES["LISAt-7b"]} --local-dir LISAt-7b
+   hf download {KNOWN_REPOSITORIES["remote_clip_vit_l_14"]} --local-dir LISAt-7b/remote_clip_vit_l_14
+2. the GRES annotations (repository lisat-bair/GRES) and the xView pictures that its README cuts into tiles;
+   JSON files and pictures side by side in {root}/{{train,val,test}}
+   (or the published folders gres_images/ and gres_annotations/ below {config.dataset_dir})
+
+Then: python eval_lisat.py --cmd inference --pretrained_model_path LISAt-7b --dataset_dir {config.dataset_dir}
+The checkpoint shipped in {SHIPPED_MODEL} needs none of this.
+"""
+
+
+def model_folder(given: str, prefer_merged: bool = False) -> Path:
+    """The checkpoint folder a user means; empty: a merged model of an own run, or the shipped one."""
+    from utils.hub import resolve
+
+    if given:
+        return resolve(given, what="checkpoint folder")
+    choices = [MERGED_MODEL] if prefer_merged else []
+    choices += [SHIPPED_MODEL, REPO / SHIPPED_MODEL]
+    for folder in choices:
+        if (folder / "config.json").is_file():
+            logger.info("no checkpoint was given: using %s", folder)
+            return folder
+    raise ValueError(f"no checkpoint in {' or '.join(map(str, choices))}; give --pretrained_model_path")
