@@ -43,7 +43,7 @@ from .layouts import (
     sam_config_of_file,
 )
 from .lisat import Lisat, LisatConfig
-from .merging import fold_lora, open_training_state
+from .merging import fold_lora, fold_new_rows, open_training_state
 from .sam import SamConfig
 from .tower_files import is_open_clip, read_open_clip
 from .weight_files import WeightFiles, has_weights
@@ -195,25 +195,31 @@ def load_trained(
     Raises:
         ValueError: no training state there, half a LoRA pair, another rank, or tensors that do not fit.
     """
-    state, lora = open_training_state(weight, lora_r, lora_targets)
+    state = open_training_state(weight, lora_r, lora_targets)
     base = resolve(str(base), what="base folder")
-    gathered = _gather(base, read_layout(base), Options(sam_file=sam_file, **options), overlay=state)
+    gathered = _gather(base, read_layout(base), Options(sam_file=sam_file, **options), overlay=state.plain)
     fields = gathered.fields
     rows = gathered.shapes[EMBEDDING][0]
     fields["llm"] = {**fields["llm"], "vocab_size": rows}
+    tokens = {}
     if tokenizer is not None:
-        seg_token_id = add_lisat_tokens(tokenizer, image_tags)
-        fields |= {"seg_token_id": seg_token_id, "mm_use_im_start_end": image_tags}
-        if rows < len(tokenizer):
+        tokens = {"seg_token_id": add_lisat_tokens(tokenizer, image_tags), "mm_use_im_start_end": image_tags}
+        if rows < len(tokenizer) and not state.new_rows:
             raise ValueError(
                 f"{weight}: {rows} embedding rows for {len(tokenizer)} tokens; was it trained from {base}?"
             )
-    config = LisatConfig.from_dict(fields)
-    model = assemble(config, gathered.sources, None if lora else dtype)
-    fold_lora(model, lora, lora_alpha)
+    elif state.new_rows:
+        raise ValueError(f"{weight}: only new vocabulary rows were trained; give the base's tokenizer")
+    model = assemble(LisatConfig.from_dict(fields), gathered.sources, None if state.folds else dtype)
+    if tokenizer is not None:
+        _grow_vocabulary(model, len(tokenizer), "normal", 0)
+    for name, value in tokens.items():
+        setattr(model.config, name, value)
+    fold_lora(model, state.lora, lora_alpha)
+    fold_new_rows(model, state.new_rows)
     if dtype is not None:
         cast_weights(model, dtype)
-    return model, config
+    return model, model.config
 
 
 def add_lisat_tokens(tokenizer: TokenizerLike, image_tags: bool = True) -> int:

@@ -1,6 +1,7 @@
-"""Training states as files, and folding their LoRA matrices into the weights: W + alpha / r * B A."""
+"""Training states as files, and folding what is not a plain weight: LoRA (W + alpha / r * B A), new rows."""
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,8 +17,24 @@ from .weight_files import WeightFiles, has_weights
 logger = logging.getLogger(__name__)
 
 TRAINED_FILE = "trainable.safetensors"
-Lora = dict[str, dict[str, Tensor]]
-"""module name -> {"A": (r, in), "B": (out, r)}"""
+NEW_ROWS = ".new_rows"
+
+
+@dataclass
+class TrainingState:
+    """What a training run wrote."""
+
+    plain: Source
+    """tensors that replace those of the base"""
+    lora: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """module name -> {"A": (r, in), "B": (out, r)}"""
+    new_rows: dict[str, Tensor] = field(default_factory=dict)
+    """module name -> its last vocabulary rows (K, H), where only those were trained"""
+
+    @property
+    def folds(self) -> bool:
+        """Whether anything is left to fold in after the plain tensors are placed."""
+        return bool(self.lora or self.new_rows)
 
 
 def find_training_state(path: StrPath) -> Path:
@@ -41,8 +58,8 @@ def find_training_state(path: StrPath) -> Path:
 
 def open_training_state(
     path: StrPath, lora_r: int | None = None, lora_targets: str | None = None
-) -> tuple[Source, Lora]:
-    """A training state as a source of plain tensors, and its LoRA matrices beside it.
+) -> TrainingState:
+    """A training state as a source of plain tensors, with LoRA matrices and new vocabulary rows beside it.
 
     Args:
         path: see `find_training_state`.
@@ -61,10 +78,18 @@ def open_training_state(
     names = {}
     for name in files.shapes():
         fate = map_training_key(name)
-        if isinstance(fate, Target) and ".lora_" in fate.name:
+        if isinstance(fate, Target) and (".lora_" in fate.name or fate.name.endswith(NEW_ROWS)):
             names[name] = fate.name
-    lora: Lora = {}
+
+    def plain(name: str) -> Target | Ignored | None:
+        return Ignored("folded in afterwards") if name in names else map_training_key(name)
+
+    state = TrainingState(Source(files, plain, str(found)))
+    lora = state.lora
     for name, tensor in files.tensors(set(names)):
+        if names[name].endswith(NEW_ROWS):
+            state.new_rows[names[name].removesuffix(NEW_ROWS)] = tensor
+            continue
         module, _, side = names[name].removesuffix(".weight").rpartition(".lora_")
         lora.setdefault(module, {})[side] = tensor
     faults = [f"{module}: only lora_{next(iter(pair))}" for module, pair in lora.items() if len(pair) < 2]
@@ -77,15 +102,23 @@ def open_training_state(
         faults += [f"{module}: not in lora_target_modules {lora_targets}" for module in others]
     if faults:
         raise ValueError(f"{found}: LoRA tensors do not fit: {'; '.join(faults)}")
-    logger.info("%s: %d LoRA pairs", found, len(lora))
-
-    def plain(name: str) -> Target | Ignored | None:
-        return Ignored("LoRA, folded in afterwards") if name in names else map_training_key(name)
-
-    return Source(files, plain, str(found)), lora
+    logger.info("%s: %d LoRA pairs, %d matrices with new rows", found, len(lora), len(state.new_rows))
+    return state
 
 
-def fold_lora(model: nn.Module, lora: Lora, alpha: float) -> None:
+def fold_new_rows(model: nn.Module, new_rows: dict[str, Tensor]) -> None:
+    """Write (K, H) rows over the last K rows of each module's weight; ValueError where they do not fit."""
+    modules = dict(model.named_modules())
+    for name, rows in new_rows.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape[1] != rows.shape[1] or weight.shape[0] < rows.shape[0]:
+            found = "nothing" if weight is None else list(weight.shape)
+            raise ValueError(f"{name}: new rows {list(rows.shape)} do not fit the base ({found})")
+        with torch.no_grad():
+            weight[-rows.shape[0] :].copy_(rows)
+
+
+def fold_lora(model: nn.Module, lora: dict[str, dict[str, Tensor]], alpha: float) -> None:
     """Add `alpha / r * B A` to the weight of each module, computed in fp32, in place.
 
     Raises:
