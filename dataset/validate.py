@@ -1,7 +1,7 @@
-"""Checks a data folder and lists every fault with file and field; formats: dataset/README.md.
+"""Checks a data folder and lists every fault with file and field; formats: dataset/README.md
 
-A *fault* makes readers skip an entry or spoils a mask; a *note* is worth knowing. Pictures are decoded (unless
-`fast`), masks drawn, duplicates found, statistics counted.
+A *fault* makes readers skip an entry or spoils a mask; a *note* is worth knowing. Pictures are decoded
+(unless `fast`), masks drawn, duplicates found, statistics counted.
 """
 
 import hashlib
@@ -113,11 +113,11 @@ def detect_format(path: StrPath) -> str:
 
 def _gres_splits(path: Path) -> dict[str, SplitFolders]:
     """Split name -> folders, for a folder of one split or of several."""
-    own = [path / "gres_annotations", path / "gres-annotations"]
-    if any(path.glob("*.json")) and not any(folder.is_dir() for folder in own):
+    apart = [path / "gres_annotations", path / "gres-annotations"]
+    bases = [folder for folder in apart if folder.is_dir()] or [path]
+    if bases == [path] and any(path.glob("*.json")):
         return {path.name: SplitFolders(path, path)}
-    names = {p.name for p in path.iterdir() if p.is_dir()} if path.is_dir() else set()
-    names |= {p.name for folder in own if folder.is_dir() for p in folder.iterdir() if p.is_dir()}
+    names = {p.name for base in bases if base.is_dir() for p in base.iterdir() if p.is_dir()}
     found = {}
     for name in sorted(names):
         try:
