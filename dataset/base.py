@@ -72,7 +72,8 @@ def picture_size(path: StrPath) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            tagged = image.format in ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere the look would decode it all
+            turned = tagged and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(path, "", f"not a readable picture ({error})") from error
     return (width, height) if turned else (height, width)

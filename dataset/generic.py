@@ -194,8 +194,16 @@ def write_annotations(folder: StrPath, images: Sequence[dict[str, Any]]) -> Path
 
 def _stored(queries: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for query in queries:
-        masks = [encode_mask(m) if isinstance(m, np.ndarray) else m for m in query.get("masks", [])]
-        yield {**query, "masks": masks}
+        stored = dict(query)
+        if isinstance(query.get("masks"), list | tuple):
+            stored["masks"] = [_encoded(mask) for mask in query["masks"]]
+        if "ignore" in query:
+            stored["ignore"] = _encoded(query["ignore"])
+        yield stored
+
+
+def _encoded(mask: Any) -> Any:
+    return encode_mask(mask) if isinstance(mask, np.ndarray) else mask
 
 
 # ---------------------------------------------------------------------------------------------- data set
