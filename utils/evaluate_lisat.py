@@ -207,7 +207,7 @@ def inference(config: EvalConfig) -> str:
         missing = number - len(found.images)
         return f"process {rank} of {world_size} is done; {missing} pictures of others are missing"
     logger.info("predictions: %s", merged)
-    if rank != 0 and world_size > 1:
+    if rank != 0 and not wanted:  # somebody else finished the job, and scores it
         return f"process {rank} of {world_size} is done; all predictions are in {merged}"
     return score(config)
 

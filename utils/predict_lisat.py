@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_for_inference(
-    folder: StrPath, device: str = "cpu", precision: str = "auto", image_size: int = 0
+    folder: StrPath, device: str = "cpu", precision: str = "auto", image_size: int = 0, **options: Any
 ) -> tuple[Lisat, Tokenizer, ImageProcessor]:
     """Model, tokenizer and image processor of a merged LISAT folder, ours or published.
 
@@ -41,6 +41,7 @@ def load_for_inference(
         device: where the model goes. precision: "fp32", "bf16", "fp16", or "auto": bf16 on an accelerator,
             fp32 on a CPU. Masks are upscaled in fp32 whatever the precision.
         image_size: side of the SAM input, checked against the checkpoint; 0 takes the checkpoint's.
+        options: see `model.checkpoint.Options`.
 
     Raises:
         ValueError: no such checkpoint, or its parts do not belong together.
@@ -48,7 +49,7 @@ def load_for_inference(
     folder = Path(folder)
     if precision == "auto":
         precision = "fp32" if device == "cpu" else "bf16"
-    model, config = load_lisat(folder, dtype=DTYPES[precision])
+    model, config = load_lisat(folder, dtype=DTYPES[precision], **options)
     tokenizer = Tokenizer.from_pretrained(folder)
     side = config.sam.image_size
     if image_size and image_size != side:
