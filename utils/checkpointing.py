@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, and everything a resumed run needs to be the same run.
 
 `<run>/checkpoints/step-N/` holds DeepSpeed's folder (`global_stepN/`, `latest`, `zero_to_fp32.py`; frozen
-weights left out), `trainable.safetensors` (fp32, what merging reads), `rng-rank*.json` and `state.json`. It
+weights left out), `trainable.safetensors` (fp32, what merging reads), `rank-*.json` and `state.json`. It
 is written under another name, flushed and renamed; the text files `latest` and `best` beside it name a step
 folder and move only afterwards; older folders go last.
 """
@@ -37,12 +37,15 @@ class CheckpointStore:
         self.world = world
         self.keep_last = keep_last
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any], best: bool) -> Path:
+    def save(
+        self, step: int, write: Callable[[Path], None], state: dict[str, Any], own: dict[str, Any], best: bool
+    ) -> Path:
         """Write `step-<step>` and move the pointers.
 
         Args:
             step: optimiser steps done.
             write: called in every process with the folder to write into.
+        own: JSON values of this process, stored beside its generators' states.
             state: JSON values, stored as `state.json`.
             best: also point `best` at it.
         """
@@ -53,7 +56,7 @@ class CheckpointStore:
             partial.mkdir(parents=True)
         self.world.barrier()
         write(partial)
-        _dump(partial / f"rng-rank{self.world.rank:05d}.json", capture_rng())
+        _dump(partial / f"rank-{self.world.rank:05d}.json", {**own, "rng": capture_rng()})
         if self.world.is_main:
             _dump(partial / STATE_FILE, state)
         self.world.barrier()
@@ -151,13 +154,10 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_from_text(state["cuda"]))
 
 
-def restore_rng_of(checkpoint: Path, rank: int) -> bool:
-    """Restore the generators that process `rank` saved; False if that process did not exist then."""
-    file = checkpoint / f"rng-rank{rank:05d}.json"
-    if not file.is_file():
-        return False
-    restore_rng(read_json(file, dict))
-    return True
+def read_rank_state(checkpoint: Path, rank: int) -> dict[str, Any] | None:
+    """What process `rank` stored (`rng` and its own values); None if that process did not exist then."""
+    file = checkpoint / f"rank-{rank:05d}.json"
+    return read_json(file, dict) if file.is_file() else None
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -179,7 +179,7 @@ def fingerprint(model: nn.Module) -> str:
 def trainable_names(model: nn.Module) -> list[str]:
     """Names of the trained tensors: parameters that need gradients, and running buffers beside them."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return names + list(_trained_buffers(model))
+    return names + list(trained_buffers(model))
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -194,9 +194,20 @@ def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
                 full = safe_get_full_fp32_param(parameter)
             full = parameter.detach() if full is None else full
             tensors[name] = full.detach().to("cpu", torch.float32).reshape(_full_shape(parameter)).clone()
-    for name, buffer in _trained_buffers(model).items():
+    for name, buffer in trained_buffers(model).items():
         tensors[name] = buffer.detach().cpu().clone()
     return tensors
+
+
+def trained_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent buffers of modules that own trained parameters, by name (running means and the like)."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def sync_tree(folder: Path) -> None:
@@ -205,16 +216,6 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             fsync_path(Path(root) / name)
         fsync_path(root)
-
-
-def _trained_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {}
-    for prefix, module in model.named_modules():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

@@ -4,7 +4,7 @@ Model, data and validation come from outside:
 
 * `model(**batch)` returns a dict whose `loss` is a scalar; its other scalars are logged.
 * `train_data` has a length and `data[index]` or `data.draw(index, epoch=, seed=)`; `collate` makes the batch.
-* `validate(model)` runs in every process and returns figures that are equal in all of them.
+* `validate(engine)` runs in every process, calls `engine.infer(batch)`, and returns figures equal in all of them.
 
 Checkpoints: utils/checkpointing.py. Data order: utils/sampling.py. Settings: utils/engine_config.py.
 """
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.checkpointing import (
@@ -26,12 +28,13 @@ from utils.checkpointing import (
     CheckpointStore,
     capture_rng,
     fingerprint,
+    read_rank_state,
     read_state,
     resolve_checkpoint,
     restore_rng,
-    restore_rng_of,
     trainable_names,
     trainable_tensors,
+    trained_buffers,
 )
 from utils.distributed import World, import_deepspeed
 from utils.engine_config import EngineConfig
@@ -70,8 +73,9 @@ class Engine:
         world: from `init_distributed`.
         train_data: what to draw from.
         collate: list of samples -> batch dict; `names_key` of it lists file names for error messages.
-        validate: `validate(model) -> {figure: value}`; None = no validation.
+        validate: `validate(engine) -> {figure: value}`; None = no validation.
         param_groups: overrides the groups made from `config.lr_multipliers`.
+        prepare: changes a batch that is on the device already, `prepare(engine, batch) -> batch`.
         cast_keys: batch entries that take the model's number format; other tensors are only moved.
     """
 
@@ -82,14 +86,15 @@ class Engine:
         world: World,
         train_data: SizedData,
         collate: Callable[[Sequence[Any]], dict[str, Any]],
-        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        validate: Callable[["Engine"], dict[str, float]] | None = None,
         param_groups: Sequence[ParamGroup] | None = None,
+        prepare: Callable[["Engine", dict[str, Any]], dict[str, Any]] | None = None,
         cast_keys: Sequence[str] = ("images", "images_clip", "image_embeddings"),
         names_key: str = "image_paths",
     ) -> None:
         self.config, self.world, self.train_data, self.collate = config, world, train_data, collate
         self.validate = None if config.no_eval else validate
-        self.cast_keys, self.names_key = frozenset(cast_keys), names_key
+        self.prepare, self.cast_keys, self.names_key = prepare, frozenset(cast_keys), names_key
         accumulation = config.accumulation(world.size)
         self.plan = BatchPlan(len(train_data), config.seed, config.batch_size, accumulation, world.size)
         self.steps_per_epoch = config.steps_per_epoch or math.ceil(len(train_data) / self.plan.global_batch)
@@ -150,6 +155,11 @@ class Engine:
         finally:
             self.run_dir.close()
 
+    def infer(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The model's outputs for a collated batch: moved to the device, prepared, in the mode it is in."""
+        batch = self._to_device(batch)
+        return self.ds(**(batch if self.prepare is None else self.prepare(self, batch)))
+
     def _train(self) -> bool:
         """The loop; True if it was asked to stop early."""
         config = self.config
@@ -192,7 +202,7 @@ class Engine:
         for _ in range(self.plan.accumulation):
             batch = next(loader)
             names += [str(name) for name in batch.get(self.names_key, [])]
-            outputs = self.ds(**self._to_device(batch))
+            outputs = self.infer(batch)
             scalars = {key: value for key, value in outputs.items() if _is_scalar(value)}
             values = dict(zip(scalars, torch.stack([v.detach().float() for v in scalars.values()]).tolist()))
             bad, stop = self.world.any([not math.isfinite(values["loss"]), self._stop.is_set()])
@@ -273,7 +283,7 @@ class Engine:
             return False
         self.ds.eval()
         with torch.no_grad(), seeded(self.config.seed):
-            figures = {name: float(value) for name, value in self.validate(self.ds).items()}
+            figures = {name: float(value) for name, value in self.validate(self).items()}
         self.ds.train()
         self.figures = figures
         self.run_dir.record(self.step, "val", figures)
@@ -304,17 +314,20 @@ class Engine:
             "frozen": self.frozen_print,
             **self._identity(),
         }
-        path = self.store.save(self.step, self._write, state, best)
+        path = self.store.save(self.step, self._write, state, {"meter": self._meter}, best)
         self._saved_step = self.step
         logger.info("saved %s%s", path, " (best)" if best else "")
 
     def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         self.ds.save_checkpoint(str(folder), tag=f"global_step{self.step}", exclude_frozen_parameters=True)
         tensors = trainable_tensors(self.ds.module)
         if self.world.is_main:
             save_file(tensors, folder / WEIGHTS_FILE, metadata={"step": str(self.step)})
+        buffers = {
+            name: value.detach().cpu().clone() for name, value in trained_buffers(self.ds.module).items()
+        }
+        if buffers and self.world.size > 1:  # each process has its own running figures
+            save_file(buffers, folder / f"buffers-{self.world.rank:05d}.safetensors")
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
@@ -343,15 +356,22 @@ class Engine:
         self.step = self._saved_step = state["step"]
         self.best_score, self.best_step = state["best_score"], state["best_step"]
         self.figures = state["figures"]
-        if not restore_rng_of(checkpoint, self.world.rank):
+        own = read_rank_state(checkpoint, self.world.rank)
+        if own is None:
             _seed_everything(self.config.seed + 7919 * self.world.rank + self.step)
+        else:
+            restore_rng(own["rng"])
+            self._meter = own["meter"]
+        buffers = checkpoint / f"buffers-{self.world.rank:05d}.safetensors"
+        if buffers.is_file():
+            stored, own_buffers = load_file(buffers), trained_buffers(self.ds.module)
+            for name, value in own_buffers.items():
+                value.copy_(stored[name])
         if checkpoint.parent.resolve() == self.store.folder.resolve():
             self.store.clean(state)
         logger.info("resumed %s at step %d of %d", checkpoint, self.step, self.total_steps)
 
     def _check_fits(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        from safetensors import safe_open
-
         with safe_open(checkpoint / WEIGHTS_FILE, "pt") as file:
             stored = set(file.keys())
         own = set(trainable_names(self.ds.module))
@@ -401,6 +421,8 @@ class Engine:
     def _initialize(self, model: nn.Module) -> Any:
         deepspeed = import_deepspeed()
         config = self.config
+        if config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+            raise ValueError("--precision fp16: this device cannot compute in fp16; use bf16 or fp32")
         groups = [{"params": g.params, "weight_decay": g.weight_decay} for g in self.groups]
         betas = (config.beta1, config.beta2)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)

@@ -124,8 +124,6 @@ class EngineConfig:
             faults.append(f"--lr must be positive, found {self.lr}")
         if self.zero_stage not in (0, 1, 2, 3):
             faults.append(f"--zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}")
-        if self.precision == "fp16" and self.device == "cpu" and self.zero_stage == 0:
-            faults.append("--precision fp16 on the CPU needs --zero_stage 1 or more (or use bf16 or fp32)")
         for name in ("beta1", "beta2", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"--{name} must lie between 0 and 1, found {getattr(self, name)}")

@@ -9,6 +9,7 @@ pass, index).
 
 import contextlib
 import functools
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -140,11 +141,17 @@ def make_loader(
         batch_sampler=_Batches(plan, first_step, last_step, rank),
         collate_fn=_SeededCollate(collate, plan.seed),
         num_workers=workers,
+        multiprocessing_context=_context() if workers else None,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(plan.seed),  # keeps the global generator untouched
     )
+
+
+def _context() -> str:
+    """Workers are forked where that exists: they start at once and need no picklable data set."""
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 class _SeededCollate:

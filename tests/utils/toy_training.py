@@ -8,9 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  (the optimiser would import it in every process)
 from torch import nn
 
 from utils.engine_config import EngineConfig
+
+
+class RunningScale(nn.Module):
+    """A trained scale beside a running mean (a buffer that training changes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.lerp_(hidden.detach().mean(0).to(self.mean.dtype), 0.1)
+        return (hidden - self.mean.to(hidden.dtype)) * self.weight
 
 
 class ToyModel(nn.Module):
@@ -20,7 +35,7 @@ class ToyModel(nn.Module):
         super().__init__()
         self.frozen = nn.Linear(6, 8).requires_grad_(False)
         self.body = nn.Linear(8, 8)
-        self.norm = nn.BatchNorm1d(8)
+        self.norm = RunningScale()
         self.dropout = nn.Dropout(0.3)
         self.decoder = nn.Linear(8, 1)
 
@@ -59,13 +74,12 @@ def toy_collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def toy_validate(model: nn.Module) -> dict[str, float]:
+def toy_validate(engine: Any) -> dict[str, float]:
     """Figures on fixed data; also disturbs the generators, which must not matter."""
     batch = toy_collate([ToyData().draw(index, 0, 123) for index in range(8)])
     np.random.rand(3)
     torch.rand(3)
-    batch["images"] = batch["images"].to(next(model.parameters()).dtype)
-    return {"giou": -float(model(**batch)["loss"]), "noise": float(torch.rand(()))}
+    return {"giou": -float(engine.infer(batch)["loss"]), "noise": float(torch.rand(()))}
 
 
 @dataclass
@@ -96,8 +110,7 @@ def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any
 
     torch.set_num_threads(1)
     world = init_distributed("cpu")
-    if kill_at is not None:
-        _arm(checkpointing, kill_at)
+    operations = _arm(checkpointing, kill_at)
     torch.manual_seed(5)
     engine = Engine(ToyModel(), config, world, ToyData(**data), toy_collate, toy_validate)
     result = engine.run()
@@ -106,18 +119,19 @@ def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any
         from safetensors.torch import save_file
 
         save_file(tensors, Path(config.run_dir) / "final.safetensors")
+        (Path(config.run_dir) / "operations.txt").write_text(str(len(operations)))
     shutdown()
     return result
 
 
-def _arm(checkpointing: Any, count: int) -> None:
-    """Kill this process with SIGKILL at the `count`-th file operation of checkpointing."""
-    left = [count]
+def _arm(checkpointing: Any, deadly_one: int | None) -> list[str]:
+    """Note every file operation of checkpointing; kill this process with SIGKILL at number `deadly_one`."""
+    done: list[str] = []
 
     def deadly(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
+            done.append(original.__name__)
+            if len(done) == deadly_one:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
@@ -127,3 +141,46 @@ def _arm(checkpointing: Any, count: int) -> None:
     checkpointing.atomic_write_text = deadly(checkpointing.atomic_write_text)
     checkpointing._dump = deadly(checkpointing._dump)
     checkpointing.os = type("DeadlyOs", (), {"rename": staticmethod(deadly(os.rename)), "walk": os.walk})
+    return done
+
+
+def start(config: ToyConfig, ranks: int = 1, **arguments: Any) -> list[Any]:
+    """Start `ranks` training processes, forked from a server that has the heavy imports loaded already."""
+    import multiprocessing
+
+    from utils.distributed import free_port
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.utils.toy_training", "utils.engine", "deepspeed"])
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        env = {name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        if ranks == 1:
+            env = {}
+        process = context.Process(target=_child, args=(env, config, arguments))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes: list[Any], seconds: float = 120) -> list[int]:
+    """Exit codes; processes that outlive `seconds` are killed."""
+    for process in processes:
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _child(env: dict[str, str], config: ToyConfig, arguments: dict[str, Any]) -> None:
+    os.environ.update(env)
+    try:
+        train_toy(config, **arguments)
+    except (RuntimeError, ValueError) as error:
+        Path(config.log_base_dir).mkdir(parents=True, exist_ok=True)
+        name = f"{config.exp_name}-error-{env.get('RANK', '0')}.txt"
+        (Path(config.log_base_dir) / name).write_text(f"{type(error).__name__}: {error}")
+        os._exit(3)

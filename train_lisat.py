@@ -1,0 +1,33 @@
+"""Train LISAT: `python train_lisat.py --config lisat_tiny --lr 1e-3`, or under torchrun, deepspeed or srun."""
+
+import sys
+
+from utils.config import ConfigError, parse_config
+from utils.train_lisat_config import TrainLisatConfig
+
+
+def main() -> int:
+    """Parse, build, run; 2 for a user's fault, 1 for a run that had to stop."""
+    try:
+        config = parse_config(TrainLisatConfig, prog="train_lisat.py")
+        from utils.engine import NonFiniteLoss
+        from utils.train_lisat_job import train
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        result = train(config)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except NonFiniteLoss as error:
+        print(error, file=sys.stderr)
+        return 1
+    if result is not None:
+        state = "stopped" if result.interrupted else "done"
+        print(f"{state} at step {result.step}; checkpoints in {result.run_dir / 'checkpoints'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Command line of LISAT training: the published flags, and ours (torch-free, so that `--help` is fast)."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from utils.engine_config import EngineConfig
+
+FAMILIES = ("geo_reason_seg", "reason_seg", "sem_seg", "refer_seg", "neg_refer_seg", "correct_refer_seg",
+"vqa")
+"""Names of the published data families; anything else in `--dataset` is a data set of dataset/registry.py."""
+
+
+@dataclass
+class TrainLisatConfig(EngineConfig):
+    """Train LISAT: LoRA in the language model, the mask decoder, text_hidden_fcs and the vocabulary matrices."""
+
+    exp_name: str = "LISAT"
+    """Name of this run; its directory is log_base_dir/exp_name."""
+
+    version: str = "./LISAt_PRE-7b"
+    """Base to start from: a LISAT_PRE folder, our base, or an earlier LISAT."""
+    vision_tower: str = ""
+    """Tower folder or OpenCLIP file; empty = where the base says."""
+    tower_activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Activation of a tower without config.json."""
+    vision_pretrained: str = "PATH_TO_SAM_ViT-H"
+    """SAM's weights; not read if the base holds a trained SAM."""
+    reinit_seg_modules: bool = False
+    """Start SAM and text_hidden_fcs afresh although the base has trained ones (the published behaviour)."""
+    load_in_8bit: bool = False
+    """Not available in training."""
+    load_in_4bit: bool = False
+    """Not available in training."""
+    image_size: int = 0
+    """Side of the SAM input in pixels; 0 = what the SAM weights say (1024 for ViT-H)."""
+    model_max_length: int = 1024
+    """Longest row in tokens, image tokens included."""
+    out_dim: int = 0
+    """Width of the mask prompts; 0 = SAM's prompt width (256 for ViT-H)."""
+    conv_type: str = "llava_v1"
+    """Conversation template."""
+    use_mm_start_end: bool = True
+    """Write the image as <im_start><image><im_end>."""
+    gradient_checkpointing: bool = True
+    """Recompute the language model's blocks in the backward pass (less memory, more time)."""
+
+    dataset: str = "refer_seg||correct_refer_seg||vqa||neg_refer_seg"
+    """Training data, joined by ||: published families, or NAME|SPLIT, generic:PATH, sem_seg_folder:PATH."""
+    sample_rates: str = ""
+    """Relative shares of the data sets, one per entry of --dataset ('9,3,3,1'); empty = equal shares."""
+    skip_missing_data: bool = False
+    """Leave out data sets that are not there (with a warning) instead of stopping."""
+    dataset_dir: str = "./dataset"
+    """Root of the data sets."""
+    sem_seg_data: str = "ade20k||cocostuff||pascal_part||paco_lvis"
+    """Data sets of the family sem_seg."""
+    refer_seg_data: str = "refclef||refcoco||refcoco+||refcocog"
+    """Data sets of the family refer_seg."""
+    neg_refer_seg_data: str = "R-refcocog||R-refcoco||R-refcoco+"
+    """Data sets of the family neg_refer_seg."""
+    correct_refer_seg_data: str = "fprefcocog||fprefcoco||fprefcoco+"
+    """Data sets of the family correct_refer_seg."""
+    vqa_data: str = "llava_instruct_150k"
+    """Data sets of the family vqa."""
+    reason_seg_data: str = "ReasonSeg|train"
+    """Data set of the family reason_seg."""
+    geo_reason_seg_data: str = "GeoReasonSeg|train"
+    """Data set of the family geo_reason_seg."""
+    val_dataset: str = "GeoReasonSeg|val"
+    """Data set of the validation during training."""
+    val_batch_size: int = 1
+    """Images per process in validation."""
+    val_limit: int = 0
+    """Validate on the first so many images only; 0 = all."""
+    num_classes_per_sample: int = 1
+    """Questions per training image."""
+    templates: str = "default"
+    """Question and answer templates: default, tiny, or a file."""
+    raster: Literal["official", "exact"] = "official"
+    """How polygons of GRES-like files become masks."""
+    strict_data: bool = False
+    """Stop at the first unusable data file instead of leaving it out."""
+    cache_image_embeddings: str = ""
+    """Keep SAM's image embeddings: 'memory', or a folder; empty = compute them in every step."""
+
+    ce_loss_weight: float = 1.0
+    """Weight of the language loss."""
+    dice_loss_weight: float = 0.5
+    """Weight of the dice loss of the masks."""
+    bce_loss_weight: float = 2.0
+    """Weight of the cross entropy of the masks."""
+    lora_r: int = 8
+    """LoRA rank; 0 = train the whole language model."""
+    lora_alpha: float = 16
+    """LoRA scale is lora_alpha / lora_r."""
+    lora_dropout: float = 0.05
+    """Dropout in front of LoRA."""
+    lora_target_modules: str = "q_proj,v_proj"
+    """Projections that get LoRA, joined by commas."""
+    train_mask_decoder: bool = True
+    """Train SAM's mask decoder."""
+    new_rows_only: bool = False
+    """Train only the added rows of the vocabulary matrices (far less memory; not the published training)."""
+    new_rows_init: Literal["normal", "mean"] = "normal"
+    """How added rows start: N(0, 0.02) as published, or the mean of the old ones."""
+    also_train: str = ""
+    """Parts of further parameter names to train, joined by commas ('mm_projector')."""
+    text_fcs_scale: float = 1.0
+    """Factor on the output of a fresh text_hidden_fcs (small models: 5 lets SAM hear the prompt at once)."""
+
+    vqa_eval_file_nwpu: str = "./dataset/vqa_caption/NWPU-Captions.jsonl"
+    """Accepted for old command lines; captions are scored after training."""
+    vqa_eval_file_sydney: str = "./dataset/vqa_caption/Sydney-Captions.jsonl"
+    """Accepted for old command lines; captions are scored after training."""
+    vqa_eval_file_ucm: str = "./dataset/vqa_caption/UCM-Captions.jsonl"
+    """Accepted for old command lines; captions are scored after training."""
+
+    def sources(self) -> list[tuple[str, str, float]]:
+        """(entry of --dataset, data set it stands for, share) of every training data set.
+
+        Raises:
+            ValueError: number of rates and of data sets differ, or a rate cannot be read.
+        """
+        entries = [entry.strip() for entry in self.dataset.split("||") if entry.strip()]
+        if not entries:
+            raise ValueError("--dataset is empty; name at least one data set")
+        try:
+            rates = [float(rate) for rate in self.sample_rates.split(",")] if self.sample_rates else []
+        except ValueError:
+            raise ValueError(f"--sample_rates {self.sample_rates!r}: expected numbers joined by commas") from None
+        if rates and len(rates) != len(entries):
+            raise ValueError(
+                f"--sample_rates has {len(rates)} value(s) for {len(entries)} data sets ({',
+                '.join(entries)}); " "give one per data set"
+            )
+        if any(rate < 0 for rate in rates) or (rates and not sum(rates)):
+            raise ValueError(f"--sample_rates {self.sample_rates!r}: shares must be positive")
+        specs = [getattr(self, f"{entry}_data") if entry in FAMILIES else entry for entry in entries]
+        return list(zip(entries, specs, rates or [1.0] * len(entries)))
+
+    def validate(self) -> list[str]:
+        """Faults that show before anything is loaded: of the values, and files that are not there."""
+        faults = super().validate()
+        try:
+            self.sources()
+        except ValueError as error:
+            faults.append(str(error))
+        if self.load_in_8bit or self.load_in_4bit:
+            faults.append("--load_in_8bit, --load_in_4bit: not available in training; use --precision bf16")
+        for name in ("val_batch_size", "num_classes_per_sample"):
+            if getattr(self, name) < 1:
+                faults.append(f"--{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("image_size", "out_dim", "lora_r", "val_limit"):
+            if getattr(self, name) < 0:
+                faults.append(f"--{name} must not be negative, found {getattr(self, name)}")
+        for name in ("ce_loss_weight", "dice_loss_weight", "bce_loss_weight"):
+            if getattr(self, name) < 0:
+                faults.append(f"--{name} must not be negative, found {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            faults.append(f"--lora_dropout must be at least 0 and less than 1, found {self.lora_dropout}")
+        if self.cache_image_embeddings and self.zero_stage == 3:
+            faults.append("--cache_image_embeddings needs --zero_stage 0, 1 or 2 (stage 3 splits SAM's
+            weights)")
+        return faults + self._missing_files()
+
+    def _missing_files(self) -> list[str]:
+        faults = []
+        if _is_path(self.version) and not Path(self.version).is_dir():
+            faults.append(f"--version {self.version}: no such folder; give a LISAT_PRE, base or LISAT folder")
+        if self.vision_tower and _is_path(self.vision_tower) and not Path(self.vision_tower).exists():
+            faults.append(f"--vision_tower {self.vision_tower}: nothing is there")
+        sam = self.vision_pretrained
+        if sam and sam != "PATH_TO_SAM_ViT-H" and not Path(sam).exists():
+            faults.append(f"--vision_pretrained {sam}: nothing is there; give SAM's .pth or safetensors file")
+        if not Path(self.dataset_dir).is_dir() and any(spec.find(":") < 0 for _, spec, _ in self._specs()):
+            faults.append(f"--dataset_dir {self.dataset_dir}: no such folder")
+        return faults
+
+    def _specs(self) -> list[tuple[str, str, float]]:
+        try:
+            return self.sources()
+        except ValueError:
+            return []
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is meant as a path (and not as a published name in the hub's cache)."""
+    return name.startswith((".", os.sep, "~")) or name.count("/") != 1

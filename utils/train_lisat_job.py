@@ -1,0 +1,327 @@
+"""LISAT training: opens data and base, checks everything that can be checked early, and runs the engine."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.base import ReadOptions
+from dataset.collate import Collator
+from dataset.mixture import Mixture
+from dataset.registry import load_dataset
+from dataset.sample import Sample
+from dataset.text import CONV, IGNORE_INDEX, SEG_TOKEN, Tokenizer
+from model.checkpoint import add_lisat_tokens, describe_base, load_base
+from model.lisat import LisatConfig
+from model.lora import add_lora, mark_trainable
+from model.losses import LossWeights
+from utils.config import ConfigError
+from utils.distributed import World, init_distributed, read_environment, shutdown
+from utils.embedding_cache import EmbeddingCache, encoder_key
+from utils.engine import DTYPES, Engine, TrainResult
+from utils.hub import resolve
+from utils.merge_lisat import find_processor
+from utils.metrics import ValidationMeters
+from utils.optim import parameter_groups
+from utils.run_dir import environment, setup_logging
+from utils.sampling import BatchPlan, KeyedDataset, SizedData
+from utils.train_lisat_config import FAMILIES, TrainLisatConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Setup:
+    """Everything but the weights."""
+
+    config: TrainLisatConfig
+    lisat: LisatConfig
+    tokenizer: Tokenizer
+    collate: Collator
+    train_data: SizedData
+    val_data: "Scorable | None"
+
+
+def train(config: TrainLisatConfig) -> TrainResult | None:
+    """Train as configured; None after `--dry_run`.
+
+    Raises:
+        ConfigError: faults of data, base or settings, all together, before weights are read.
+        NonFiniteLoss: see Engine.run.
+    """
+    env = read_environment()
+    setup_logging(env["RANK"] == "0")
+    setup = open_setup(config)
+    if config.dry_run:
+        world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+        facts = preflight(setup, world) | model_facts(setup) | environment()
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return None
+    world = init_distributed(config.device)
+    try:
+        for name, value in preflight(setup, world).items():
+            logger.info("%s: %s", name, value)
+        engine = Engine(
+            build_model(setup),
+            config,
+            world,
+            setup.train_data,
+            setup.collate,
+            validate=Validation(setup) if setup.val_data is not None else None,
+            prepare=CachedEmbeddings(config.cache_image_embeddings) if config.cache_image_embeddings else
+            None,
+        )
+        return engine.run()
+    finally:
+        shutdown()
+
+
+def open_setup(config: TrainLisatConfig) -> Setup:
+    """Tokenizer, image and text pipelines and data sets; ConfigError lists every fault of all of them."""
+    faults: list[str] = []
+    if config.conv_type not in CONV:
+        faults.append(f"--conv_type {config.conv_type}: unknown; choose one of {', '.join(CONV)}")
+    lisat = tokenizer = processor = None
+    try:
+        version = resolve(config.version, what="base folder")
+        tokenizer = Tokenizer.from_pretrained(version, model_max_length=config.model_max_length)
+        add_lisat_tokens(tokenizer, config.use_mm_start_end)
+        check_seg_token(tokenizer)
+        lisat = describe_base(config.version, config.vision_pretrained, **_base_options(config))
+        if config.image_size not in (0, lisat.sam.image_size):
+            raise ValueError(f"--image_size {config.image_size}: this SAM takes {lisat.sam.image_size}")
+        processor = find_processor(config.version, lisat.sam.image_size, config.vision_tower or None)
+    except (ValueError, OSError) as error:
+        faults.append(str(error))
+    parts, rates = _open_parts(config, faults)
+    val_data = None
+    if not config.no_eval:
+        try:
+            options = _read_options(config, train=False)
+            val_data = Scorable(load_dataset(config.val_dataset, config.dataset_dir, options),
+            config.val_limit)
+        except (ValueError, OSError) as error:
+            faults.append(f"--val_dataset: {error}")
+    if faults:
+        raise ConfigError(faults)
+    collate = Collator(
+        tokenizer,
+        processor,
+        conv_type=config.conv_type,
+        model_max_length=config.model_max_length,
+        num_patches=lisat.num_image_features,
+        im_start_end=config.use_mm_start_end,
+    )
+    data = parts[0] if len(parts) == 1 else Mixture(parts, rates)
+    return Setup(config, lisat, tokenizer, collate, data, val_data)
+
+
+def check_seg_token(tokenizer: Tokenizer) -> None:
+    """ValueError unless `[SEG]` is exactly one id wherever it stands."""
+    for text in (SEG_TOKEN, f"it is {SEG_TOKEN}.", f"{SEG_TOKEN} {SEG_TOKEN}"):
+        ids = tokenizer.encode(text, bos=False)
+        if ids.count(tokenizer.seg_token_id) != text.count(SEG_TOKEN):
+            raise ValueError(f"{SEG_TOKEN} is not one token: {text!r} becomes {ids}; check the base's tokenizer")
+
+
+def preflight(setup: Setup, world: World) -> dict[str, Any]:
+    """Facts of the run's first micro-batch in this process; ValueError if there is nothing to learn in it."""
+    config = setup.config
+    accumulation = config.accumulation(world.size)
+    plan = BatchPlan(len(setup.train_data), config.seed, config.batch_size, accumulation, world.size)
+    keyed = KeyedDataset(setup.train_data)
+    batch = setup.collate([keyed[key] for key in plan.keys(0, 0, world.rank)])
+    supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+    if not supervised:
+        raise ValueError(f"no supervised token in the first batch ({', '.join(batch['image_paths'])})")
+    per_epoch = config.steps_per_epoch or math.ceil(plan.length / plan.global_batch)
+    return {
+        "training_images": plan.length,
+        "validation_images": len(setup.val_data) if setup.val_data is not None else 0,
+        "effective_batch": f"{plan.global_batch} images ({config.batch_size} x {accumulation} x
+        {world.size})", "optimiser_steps": config.epochs * per_epoch, "seg_token_id":
+        setup.tokenizer.seg_token_id, "vocabulary": len(setup.tokenizer), "first_batch": {
+            "rows": len(batch["input_ids"]),
+            "longest_row": batch["input_ids"].shape[1] + setup.lisat.num_image_features - 1,
+            "supervised_tokens": supervised,
+            "masks": sum(len(masks) for masks in batch["masks_list"]),
+            "text": batch["conversation_list"][0],
+        },
+    }
+
+
+def model_facts(setup: Setup) -> dict[str, Any]:
+    """Sizes of the model, counted on one without memory: parameters, and those that train by lr group."""
+    from model.assembly import build_on_meta
+
+    lisat = setup.lisat
+    rows = max(lisat.llm["vocab_size"], len(setup.tokenizer))
+    lisat.llm = {**lisat.llm, "vocab_size": rows}
+    lisat.seg_token_id = setup.tokenizer.seg_token_id
+    with torch.device("meta"):
+        model = _mark(build_on_meta(lisat), setup.config)
+    groups = parameter_groups(model, setup.config.multipliers(), setup.config.weight_decay)
+    counts = {group.name: sum(p.numel() for p in group.params) for group in groups}
+    total = sum(p.numel() for p in model.parameters())
+    return {"parameters": total, "trainable_parameters": sum(counts.values()), "groups": counts}
+
+
+def build_model(setup: Setup) -> nn.Module:
+    """The base with LoRA and the published trainable set, its weights read."""
+    config = setup.config
+    model, lisat = load_base(
+        config.version,
+        config.vision_pretrained,
+        tokenizer=setup.tokenizer,
+        dtype=DTYPES[config.precision],
+        new_rows=config.new_rows_init,
+        image_tags=config.use_mm_start_end,
+        seed=config.seed,
+        **_base_options(config),
+    )
+    lisat.conv_type = config.conv_type
+    lisat.loss_weights = LossWeights(config.ce_loss_weight, config.bce_loss_weight, config.dice_loss_weight)
+    if config.text_fcs_scale != 1.0:
+        _scale_prompts(model, config)
+    torch.manual_seed(config.seed)  # LoRA starts alike in every process and after a restart
+    _mark(model, config)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing()
+    return model
+
+
+class Scorable(Dataset[Sample]):
+    """Evaluation samples reduced to what a teacher-forced pass can score: answers that hold `[SEG]`."""
+
+    def __init__(self, data: Any, limit: int = 0) -> None:
+        self.data = data
+        self.length = min(len(data), limit or len(data))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index` with its conversations that have a mask; if there is none, one without its mask."""
+        sample = self.data[index]
+        kept = [c for c in sample.conversations if any(SEG_TOKEN in (answer or "") for _, answer in c.turns)]
+        first = sample.conversations[0]
+        return Sample(sample.image_path, sample.image, kept or [replace(first, masks=first.masks[:0])])
+
+
+class Validation:
+    """Teacher-forced gIoU and cIoU over all validation images, divided among the processes."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.data, self.config = setup.val_data, setup.config
+        settings = setup.collate.settings | {"inference": True, "model_max_length": None}
+        self.collate = Collator(setup.tokenizer, setup.collate.processor, **settings)
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """gIoU, cIoU and the numbers of images and masks behind them; equal in all processes."""
+        size, world = len(self.data), engine.world
+        share = list(range(world.rank, size, world.size))
+        share += [0] * (math.ceil(size / world.size) - len(share))  # as many passes in every process (ZeRO-3)
+        loader = DataLoader(
+            self.data,
+            batch_size=self.config.val_batch_size,
+            sampler=share,
+            collate_fn=self.collate,
+            num_workers=self.config.workers,
+            multiprocessing_context="fork" if self.config.workers else None,
+            generator=torch.Generator().manual_seed(0),
+        )
+        meters, left = ValidationMeters(), len(range(world.rank, size, world.size))
+        for batch in loader:
+            logits = engine.infer(batch)["pred_masks"]
+            for path, prediction, masks in list(zip(batch["image_paths"], logits,
+            batch["masks_list"]))[:left]:
+                meters.update(prediction, masks, path)
+            left = max(0, left - len(logits))
+        return {name: float(value) for name, value in meters.reduce().result().items()}
+
+
+class CachedEmbeddings:
+    """Replaces a batch's images by their SAM embeddings, each computed once."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.cache: EmbeddingCache | None = None
+
+    def __call__(self, engine: Engine, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `image_embeddings`."""
+        if self.cache is None:
+            model = engine.ds.module
+            encoder = model.sam.image_encoder
+            if any(parameter.requires_grad for parameter in encoder.parameters()):
+                raise ValueError("--cache_image_embeddings: SAM's image encoder is being trained; switch it
+                off")
+            self.cache = EmbeddingCache(model.encode_images, self.place, encoder_key(encoder))
+        return self.cache.replace(batch)
+
+
+def _open_parts(config: TrainLisatConfig, faults: list[str]) -> tuple[list[Any], list[float]]:
+    parts, rates = [], []
+    for entry, spec, rate in config.sources():
+        try:
+            if entry in FAMILIES and not entry.endswith("reason_seg"):
+                raise ValueError(f"family {entry} has no reader; see dataset/registry.py for what can be read")
+            parts.append(load_dataset(spec, config.dataset_dir, _read_options(config, train=True)))
+            rates.append(rate)
+        except (ValueError, OSError) as error:
+            if config.skip_missing_data:
+                logger.warning("--dataset %s is left out, the other shares grow: %s", entry, error)
+            else:
+                faults.append(f"--dataset {entry}: {error}")
+    if not parts and not faults:
+        faults.append(f"--dataset {config.dataset}: none of these data sets is there")
+    return parts, rates
+
+
+def _read_options(config: TrainLisatConfig, train: bool) -> ReadOptions:
+    return ReadOptions(
+        train=train,
+        num_per_image=config.num_classes_per_sample,
+        seed=config.seed if train else 0,
+        templates=config.templates,
+        prompt="answer",
+        raster=config.raster,
+        strict=config.strict_data,
+    )
+
+
+def _base_options(config: TrainLisatConfig) -> dict[str, Any]:
+    return {
+        "vision_tower": config.vision_tower or None,
+        "tower_activation": config.tower_activation or None,
+        "reinit_seg_modules": config.reinit_seg_modules,
+        "out_dim": config.out_dim or None,
+    }
+
+
+def _mark(model: nn.Module, config: TrainLisatConfig) -> nn.Module:
+    """Add LoRA and set what trains."""
+    if config.lora_r:
+        targets = [name.strip() for name in config.lora_target_modules.split(",") if name.strip()]
+        add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+    also = [name.strip() for name in config.also_train.split(",") if name.strip()]
+    mark_trainable(model, new_rows_only=config.new_rows_only, also=also)
+    if not config.train_mask_decoder:
+        model.sam.mask_decoder.requires_grad_(False)
+    return model
+
+
+def _scale_prompts(model: nn.Module, config: TrainLisatConfig) -> None:
+    from model.layouts import read_layout
+
+    if read_layout(resolve(config.version)).whole and not config.reinit_seg_modules:
+        logger.warning("--text_fcs_scale is not applied: text_hidden_fcs comes trained with the base")
+        return
+    last = model.text_hidden_fcs[0][2]
+    with torch.no_grad():
+        last.weight.mul_(config.text_fcs_scale)
+        last.bias.mul_(config.text_fcs_scale)
