@@ -1,4 +1,4 @@
-"""Train LISAT: `python train_lisat.py --config lisat_tiny --lr 1e-3`, or under torchrun, deepspeed or srun."""
+"""Train LISAT: `python train_lisat.py --config lisat_tiny`, or under torchrun, deepspeed or srun."""
 
 import sys
 

@@ -4,7 +4,7 @@ Model, data and validation come from outside:
 
 * `model(**batch)` returns a dict whose `loss` is a scalar; its other scalars are logged.
 * `train_data` has a length and `data[index]` or `data.draw(index, epoch=, seed=)`; `collate` makes the batch.
-* `validate(engine)` runs in every process, calls `engine.infer(batch)`, and returns figures equal in all of them.
+* `validate(engine)` runs in every process, calls `engine.infer`, and returns figures equal in all of them.
 
 Checkpoints: utils/checkpointing.py. Data order: utils/sampling.py. Settings: utils/engine_config.py.
 """

@@ -7,14 +7,21 @@ from typing import Literal
 
 from utils.engine_config import EngineConfig
 
-FAMILIES = ("geo_reason_seg", "reason_seg", "sem_seg", "refer_seg", "neg_refer_seg", "correct_refer_seg",
-"vqa")
+FAMILIES = (
+    "geo_reason_seg",
+    "reason_seg",
+    "sem_seg",
+    "refer_seg",
+    "neg_refer_seg",
+    "correct_refer_seg",
+    "vqa",
+)
 """Names of the published data families; anything else in `--dataset` is a data set of dataset/registry.py."""
 
 
 @dataclass
 class TrainLisatConfig(EngineConfig):
-    """Train LISAT: LoRA in the language model, the mask decoder, text_hidden_fcs and the vocabulary matrices."""
+    """Train LISAT: LoRA, the mask decoder, text_hidden_fcs and the vocabulary matrices."""
 
     exp_name: str = "LISAT"
     """Name of this run; its directory is log_base_dir/exp_name."""
@@ -129,11 +136,11 @@ class TrainLisatConfig(EngineConfig):
         try:
             rates = [float(rate) for rate in self.sample_rates.split(",")] if self.sample_rates else []
         except ValueError:
-            raise ValueError(f"--sample_rates {self.sample_rates!r}: expected numbers joined by commas") from None
+            raise ValueError(f"--sample_rates {self.sample_rates!r}: expected numbers and commas") from None
         if rates and len(rates) != len(entries):
             raise ValueError(
-                f"--sample_rates has {len(rates)} value(s) for {len(entries)} data sets ({',
-                '.join(entries)}); " "give one per data set"
+                f"--sample_rates has {len(rates)} value(s) for {len(entries)} data sets "
+                f"({', '.join(entries)}); give one per data set"
             )
         if any(rate < 0 for rate in rates) or (rates and not sum(rates)):
             raise ValueError(f"--sample_rates {self.sample_rates!r}: shares must be positive")
@@ -161,8 +168,7 @@ class TrainLisatConfig(EngineConfig):
         if not 0 <= self.lora_dropout < 1:
             faults.append(f"--lora_dropout must be at least 0 and less than 1, found {self.lora_dropout}")
         if self.cache_image_embeddings and self.zero_stage == 3:
-            faults.append("--cache_image_embeddings needs --zero_stage 0, 1 or 2 (stage 3 splits SAM's
-            weights)")
+            faults.append("--cache_image_embeddings needs --zero_stage 0, 1 or 2 (3 splits SAM's weights)")
         return faults + self._missing_files()
 
     def _missing_files(self) -> list[str]:

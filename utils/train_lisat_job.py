@@ -73,8 +73,9 @@ def train(config: TrainLisatConfig) -> TrainResult | None:
             setup.train_data,
             setup.collate,
             validate=Validation(setup) if setup.val_data is not None else None,
-            prepare=CachedEmbeddings(config.cache_image_embeddings) if config.cache_image_embeddings else
-            None,
+            prepare=CachedEmbeddings(config.cache_image_embeddings)
+            if config.cache_image_embeddings
+            else None,
         )
         return engine.run()
     finally:
@@ -103,8 +104,9 @@ def open_setup(config: TrainLisatConfig) -> Setup:
     if not config.no_eval:
         try:
             options = _read_options(config, train=False)
-            val_data = Scorable(load_dataset(config.val_dataset, config.dataset_dir, options),
-            config.val_limit)
+            val_data = Scorable(
+                load_dataset(config.val_dataset, config.dataset_dir, options), config.val_limit
+            )
         except (ValueError, OSError) as error:
             faults.append(f"--val_dataset: {error}")
     if faults:
@@ -126,7 +128,7 @@ def check_seg_token(tokenizer: Tokenizer) -> None:
     for text in (SEG_TOKEN, f"it is {SEG_TOKEN}.", f"{SEG_TOKEN} {SEG_TOKEN}"):
         ids = tokenizer.encode(text, bos=False)
         if ids.count(tokenizer.seg_token_id) != text.count(SEG_TOKEN):
-            raise ValueError(f"{SEG_TOKEN} is not one token: {text!r} becomes {ids}; check the base's tokenizer")
+            raise ValueError(f"{SEG_TOKEN} is not one token: {text!r} becomes {ids}; wrong tokenizer?")
 
 
 def preflight(setup: Setup, world: World) -> dict[str, Any]:
@@ -143,9 +145,11 @@ def preflight(setup: Setup, world: World) -> dict[str, Any]:
     return {
         "training_images": plan.length,
         "validation_images": len(setup.val_data) if setup.val_data is not None else 0,
-        "effective_batch": f"{plan.global_batch} images ({config.batch_size} x {accumulation} x
-        {world.size})", "optimiser_steps": config.epochs * per_epoch, "seg_token_id":
-        setup.tokenizer.seg_token_id, "vocabulary": len(setup.tokenizer), "first_batch": {
+        "effective_batch": f"{plan.global_batch} ({config.batch_size} x {accumulation} x {world.size})",
+        "optimiser_steps": config.epochs * per_epoch,
+        "seg_token_id": setup.tokenizer.seg_token_id,
+        "vocabulary": len(setup.tokenizer),
+        "first_batch": {
             "rows": len(batch["input_ids"]),
             "longest_row": batch["input_ids"].shape[1] + setup.lisat.num_image_features - 1,
             "supervised_tokens": supervised,
@@ -238,8 +242,9 @@ class Validation:
         meters, left = ValidationMeters(), len(range(world.rank, size, world.size))
         for batch in loader:
             logits = engine.infer(batch)["pred_masks"]
-            for path, prediction, masks in list(zip(batch["image_paths"], logits,
-            batch["masks_list"]))[:left]:
+            for path, prediction, masks in list(zip(batch["image_paths"], logits, batch["masks_list"]))[
+                :left
+            ]:
                 meters.update(prediction, masks, path)
             left = max(0, left - len(logits))
         return {name: float(value) for name, value in meters.reduce().result().items()}
@@ -258,8 +263,9 @@ class CachedEmbeddings:
             model = engine.ds.module
             encoder = model.sam.image_encoder
             if any(parameter.requires_grad for parameter in encoder.parameters()):
-                raise ValueError("--cache_image_embeddings: SAM's image encoder is being trained; switch it
-                off")
+                raise ValueError(
+                    "--cache_image_embeddings: SAM's encoder is trained here; switch the cache off"
+                )
             self.cache = EmbeddingCache(model.encode_images, self.place, encoder_key(encoder))
         return self.cache.replace(batch)
 
@@ -269,7 +275,7 @@ def _open_parts(config: TrainLisatConfig, faults: list[str]) -> tuple[list[Any],
     for entry, spec, rate in config.sources():
         try:
             if entry in FAMILIES and not entry.endswith("reason_seg"):
-                raise ValueError(f"family {entry} has no reader; see dataset/registry.py for what can be read")
+                raise ValueError(f"family {entry} has no reader; dataset/registry.py lists what has one")
             parts.append(load_dataset(spec, config.dataset_dir, _read_options(config, train=True)))
             rates.append(rate)
         except (ValueError, OSError) as error:
