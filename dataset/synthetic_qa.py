@@ -59,21 +59,22 @@ def ask_and_answer(scene: Scene, rng: np.random.Generator, count: int) -> list[t
 
 
 def patch_targets(scene: Scene, patch: int) -> np.ndarray:
-    """What each of the N = (size / patch)^2 patches shows, row by row: float32 (N, 5).
+    """What each of the N = (size / patch)^2 patches shows, row by row: float32 (N, 7).
 
     Columns: kind id, colour id (0 = ground), offset (x, y) to the object's centre in patches, log2 of the
-    object's area over the patch area. A patch belongs to the object covering most of it, from an eighth on.
+    object's area over the patch area, grid column and row of that centre. A patch belongs to the object covering most of it, from an eighth on.
     """
     side = scene.size // patch
     cover = np.stack([o.mask.reshape(side, patch, side, patch).sum((1, 3)) for o in scene.objects])
     owner, most = cover.argmax(0), cover.max(0)
-    targets = np.zeros((side, side, 5), np.float32)
+    targets = np.zeros((side, side, 7), np.float32)
     for row, column in zip(*np.nonzero(most * 8 >= patch * patch)):
         thing = scene.objects[owner[row, column]]
         centre = ((thing.x / patch) - column - 0.5, (thing.y / patch) - row - 0.5)
         log_area = np.log2(thing.area / patch**2)
-        targets[row, column] = (_KIND_IDS[thing.kind], _COLOUR_IDS[thing.colour], *centre, log_area)
-    return targets.reshape(-1, 5)
+        cell = grid_position(thing, scene.size)
+        targets[row, column] = (_KIND_IDS[thing.kind], _COLOUR_IDS[thing.colour], *centre, log_area, *cell)
+    return targets.reshape(-1, 7)
 
 
 @dataclass(frozen=True)

@@ -131,14 +131,15 @@ def test_answers_in_words_name_the_right_cells() -> None:
 
 def test_patch_targets_point_to_the_object() -> None:
     scene = scenes(1)[0]
-    targets = patch_targets(scene, 16).reshape(8, 8, 5)
-    assert targets.shape == (8, 8, 5) and (targets[..., 0] > 0).any()
+    targets = patch_targets(scene, 16).reshape(8, 8, 7)
+    assert targets.shape == (8, 8, 7) and (targets[..., 0] > 0).any()
     for row, column in zip(*np.nonzero(targets[..., 0])):
-        kind, _, x, y, log_area = targets[row, column]
+        kind, _, x, y, log_area, *cell = targets[row, column]
         centre = ((column + 0.5 + x) * 16, (row + 0.5 + y) * 16)
         owner = min(scene.objects, key=lambda o: np.hypot(o.x - centre[0], o.y - centre[1]))
         assert np.hypot(owner.x - centre[0], owner.y - centre[1]) < 1e-3
         assert KINDS[int(kind) - 1] == owner.kind
+        assert tuple(cell) == grid_position(owner, scene.size)
         assert 2**log_area * 256 == pytest.approx(owner.area, rel=1e-4)
 
 

@@ -1,0 +1,200 @@
+"""How the tiny promptable SAM was made: points, boxes, masks and descriptions of objects of synthetic scenes.
+
+Geometric prompts go through SAM's own prompt encoder. Descriptions ("red", "ship", "at 5 11" or any mixture
+of them) are sums of word vectors that live only here: they stand in for the semantics that the real SAM's
+features owe to scale, and are thrown away afterwards.
+
+Shapes: B images, M prompts over all images, C prompt width, G low-resolution side of the mask logits.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dataset.synthetic import COLOURS, KINDS, Scene
+from dataset.synthetic_qa import GRID, ScenePool, grid_position
+from model.sam import Sam
+from utils.pretrain_llava import cosine_rate
+
+log = logging.getLogger(__name__)
+NO_WORD = 0
+
+
+class Words(nn.Module):
+    """Learned vectors for kind, colour, column and row words; a description is their sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = (len(KINDS) + 1, len(COLOURS) + 1, GRID + 1, GRID + 1)
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """words (M, 4) long, 0 where a word is missing -> one sparse prompt each, (M, 1, C)."""
+        return sum(table(words[:, i]) for i, table in enumerate(self.tables))[:, None]
+
+
+@dataclass
+class Prompts:
+    """Geometric and described prompts of one batch. `image` and `target` list the geometric ones first."""
+
+    coords: Tensor  # (Mg, 3, 2) x, y pixels
+    labels: Tensor  # (Mg, 3): 1 inside, 0 outside, 2 and 3 box corners, -1 nothing
+    dense: Tensor  # (Mg,) bool: give the rough mask as well
+    words: Tensor  # (Mw, 4)
+    image: Tensor  # (Mg + Mw,) index of the image
+    target: Tensor  # (Mg + Mw, G, G) share of each low-resolution cell that is inside
+
+
+def _points(scene: Scene, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Three (x, y) with labels: a click inside, at times one outside, or a jittered box, or click and box."""
+    thing = scene.objects[index]
+    rows, columns = np.nonzero(thing.mask)
+    at = rng.integers(len(rows))
+    click = (columns[at], rows[at])
+    coords, labels = np.zeros((3, 2), np.float32), np.full(3, -1)
+    draw = rng.random()
+    if draw < 0.7:
+        coords[0], labels[0] = click, 1
+        if draw < 0.15 and len(scene.objects) > 1:
+            other = scene.objects[(index + int(rng.integers(1, len(scene.objects)))) % len(scene.objects)]
+            coords[1], labels[1] = (other.x, other.y), 0
+    if draw >= 0.6:
+        jitter = rng.normal(0, 1.0, 4)
+        coords[1] = (columns.min() + jitter[0], rows.min() + jitter[1])
+        coords[2] = (columns.max() + jitter[2], rows.max() + jitter[3])
+        labels[1:] = 2, 3
+    return coords, labels
+
+
+def _describe(scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """A description as four word ids and the objects it is true of."""
+    index = int(rng.integers(len(scene.objects)))
+    thing = scene.objects[index]
+    kind, colour = list(KINDS).index(thing.kind) + 1, list(COLOURS).index(thing.colour) + 1
+    column, row = (value + 1 for value in grid_position(thing, scene.size))
+    draw = rng.random()
+    if draw < 0.55:  # a place, with or without what is there
+        named = rng.random(2) < 0.5
+        return [kind * int(named[0]), colour * int(named[1]), column, row], [index]
+    words = [kind, colour, NO_WORD, NO_WORD]
+    if draw < 0.7:
+        words[0] = NO_WORD
+    elif draw < 0.85:
+        words[1] = NO_WORD
+    same = [
+        i
+        for i, other in enumerate(scene.objects)
+        if (not words[0] or other.kind == thing.kind) and (not words[1] or other.colour == thing.colour)
+    ]
+    return words, same
+
+
+def draw_prompts(
+    scenes: list[Scene], rng: np.random.Generator, geometric: int, described: int, low: int
+) -> Prompts:
+    """`geometric` and `described` prompts for every scene; targets pooled to (low, low)."""
+    coords, labels, words, image, masks = [], [], [], [], []
+    for number, scene in enumerate(scenes):
+        for _ in range(geometric):
+            index = int(rng.integers(len(scene.objects)))
+            point, label = _points(scene, index, rng)
+            coords.append(point)
+            labels.append(label)
+            image.append(number)
+            masks.append(scene.objects[index].mask)
+    for number, scene in enumerate(scenes):
+        for _ in range(described):
+            word, members = _describe(scene, rng)
+            words.append(word)
+            image.append(number)
+            masks.append(np.bitwise_or.reduce([scene.objects[i].mask for i in members]))
+    stacked = torch.from_numpy(np.stack(masks)).float()
+    return Prompts(
+        torch.from_numpy(np.stack(coords)),
+        torch.from_numpy(np.stack(labels)),
+        torch.from_numpy(rng.random(len(coords)) < 0.15),
+        torch.tensor(words),
+        torch.tensor(image),
+        F.adaptive_avg_pool2d(stacked[:, None], low)[:, 0],
+    )
+
+
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """2 x binary cross entropy + 3 x dice over (M, G, G), mean over prompts."""
+    bce = F.binary_cross_entropy_with_logits(logits, target)
+    share = logits.sigmoid().flatten(1)
+    wanted = target.flatten(1)
+    dice = 1 - (2 * (share * wanted).sum(1) + 1) / (share.sum(1) + wanted.sum(1) + 1)
+    return 2 * bce + 3 * dice.mean()
+
+
+def sam_logits(sam: Sam, words: Words, images: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Logits (M, G, G) and IoU guesses (M,) of all prompts over images (B, 3, S, S)."""
+    embeddings = sam.encode(images)
+    split = len(prompts.coords)
+    sparse = sam.prompt_encoder.sparse(prompts.coords, prompts.labels)
+    rough = F.max_pool2d(prompts.target[:split, None], 5, 1, 2) * 12 - 6
+    dense = sam.prompt_encoder.dense(None, split)
+    dense = torch.where(prompts.dense[:, None, None, None], sam.prompt_encoder.dense(rough, split), dense)
+    first, first_iou = sam.decode(embeddings, sparse, dense, prompts.image[:split])
+    second, second_iou = sam.decode(embeddings, words(prompts.words), None, prompts.image[split:])
+    return torch.cat((first, second))[:, 0], torch.cat((first_iou, second_iou))[:, 0]
+
+
+def soft_iou(logits: Tensor, target: Tensor) -> Tensor:
+    """IoU of thresholded logits and targets per prompt, (M,)."""
+    shown, wanted = (logits > 0).flatten(1), (target > 0.5).flatten(1)
+    return (shown & wanted).sum(1) / (shown | wanted).sum(1).clamp_min(1)
+
+
+def train_sam(
+    sam: Sam,
+    words: Words,
+    pool: ScenePool,
+    processor,
+    *,
+    seconds: float,
+    batch: int = 8,
+    geometric: int = 3,
+    described: int = 5,
+    rate: float = 1e-3,
+    seed: int = 3,
+    on_save: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW on `mask_loss` plus the error of the IoU head, cosine decay over `seconds` of wall time."""
+    rng = np.random.default_rng(seed)
+    parameters = [*sam.parameters(), *words.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    started, step, means = time.monotonic(), 0, {}
+    while (progress := (time.monotonic() - started) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 100, cosine_rate(progress))
+        scenes = [pool.draw(rng) for _ in range(batch)]
+        images = torch.stack([processor.sam(scene.image)[0] for scene in scenes])
+        prompts = draw_prompts(scenes, rng, geometric, described, sam.config.low_res_size)
+        logits, guesses = sam_logits(sam, words, images, prompts)
+        overlap = soft_iou(logits.detach(), prompts.target)
+        loss = mask_loss(logits, prompts.target)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + F.mse_loss(guesses, overlap)).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        split = len(prompts.coords)
+        figures = {
+            "loss": loss.item(),
+            "clicks": overlap[:split].mean().item(),
+            "words": overlap[split:].mean().item(),
+        }
+        for name, value in figures.items():
+            means[name] = 0.98 * means.get(name, value) + 0.02 * value
+        if step % 100 == 0:
+            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            log.info("sam %d (%.0f %% of the time): %s", step, 100 * progress, text)
+        if on_save and step % 500 == 499:
+            on_save(step)
+        step += 1
