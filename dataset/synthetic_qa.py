@@ -62,7 +62,8 @@ def patch_targets(scene: Scene, patch: int) -> np.ndarray:
     """What each of the N = (size / patch)^2 patches shows, row by row: float32 (N, 7).
 
     Columns: kind id, colour id (0 = ground), offset (x, y) to the object's centre in patches, log2 of the
-    object's area over the patch area, grid column and row of that centre. A patch belongs to the object covering most of it, from an eighth on.
+    object's area over the patch area, grid column and row of that centre. A patch belongs to the object
+    covering most of it, from an eighth of the patch on.
     """
     side = scene.size // patch
     cover = np.stack([o.mask.reshape(side, patch, side, patch).sum((1, 3)) for o in scene.objects])
