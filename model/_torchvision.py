@@ -52,9 +52,9 @@ def ensure_torchvision() -> bool:
 
     Raises RuntimeError when torchvision is broken for another reason than its missing operators.
     """
-    if "torchvision" in sys.modules:
+    if sys.modules.get("torchvision") is not None:
         return True
-    if importlib.util.find_spec("torchvision") is None:
+    if sys.modules.get("torchvision", 0) is None or importlib.util.find_spec("torchvision") is None:
         return False
     try:
         importlib.import_module("torchvision")

@@ -50,7 +50,7 @@ def add_lora(
         bias="none",
     )
     inject_adapter_in_model(config, model.llm)
-    return model
+    return model.train(model.training)  # peft leaves its new layers in training mode
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
