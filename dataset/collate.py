@@ -176,10 +176,11 @@ def _check_masks(sample: Sample, conversation: Conversation, segs: int) -> None:
 
 
 def _masks(sample: Sample) -> torch.Tensor:
-    """All masks of an image in row order, float32 (K, H, W); without any, (0, height, width)."""
+    """All masks of an image in row order, float32 (K, H, W); without any, an empty one of its size."""
     found = [conversation.masks for conversation in sample.conversations if len(conversation.masks)]
     if not found:
-        return torch.zeros(0, *sample.image.shape[:2])
+        size = sample.conversations[0].masks.shape[1:]
+        return torch.zeros(0, *(size if min(size) > 0 else sample.image.shape[:2]))
     sizes = {masks.shape[1:] for masks in found}
     if len(sizes) > 1:
         raise ValueError(f"{sample.image_path}: masks of different sizes {sorted(sizes)} on one image")
