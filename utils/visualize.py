@@ -104,31 +104,38 @@ def _wrap(line: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return [*lines, current]
 
 
-def enlarge(image: np.ndarray, least: int = 256) -> np.ndarray:
-    """`image` repeated pixel-wise by a whole factor so that its shorter side has at least `least` px."""
-    factor = -(-least // min(image.shape[:2]))
-    return image.repeat(factor, 0).repeat(factor, 1) if factor > 1 else image
+def fit(image: np.ndarray, least: int = 256, most: int = 400) -> np.ndarray:
+    """Picture or mask for showing: repeated pixel-wise by a whole factor until its shorter side has `least`
+    px, or shrunk until its longer side has `most` px (masks keep their values)."""
+    height, width = image.shape[:2]
+    factor = -(-least // min(height, width))
+    if factor > 1 and max(height, width) * factor <= 2 * most:
+        return image.repeat(factor, 0).repeat(factor, 1)
+    scale = most / max(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if image.ndim == 3 else cv2.INTER_NEAREST)
 
 
 def side_by_side(
-    image: np.ndarray, target: np.ndarray, prediction: np.ndarray, text: str = "", least: int = 256
+    image: np.ndarray,
+    target: np.ndarray,
+    prediction: np.ndarray,
+    text: str = "",
+    least: int = 256,
+    most: int = 400,
 ) -> np.ndarray:
-    """Picture | ground truth (green) | prediction (red), enlarged to `least` px, with a caption below.
+    """Picture | ground truth (green) | prediction (red), sized by `fit`, with a caption below.
 
     Pixels that the target ignores (255) are left untinted.
     """
-    target = np.asarray(target)
-    truth = target.astype(bool) if target.dtype == bool else target == 1
-    panels = [(image, None, RED), (image, truth, GREEN), (image, np.asarray(prediction) != 0, RED)]
-    shown = []
-    for picture, mask, colour in panels:
-        big = enlarge(picture, least)
-        if mask is not None:
-            factor = big.shape[0] // picture.shape[0]
-            big = overlay(big, mask.repeat(factor, 0).repeat(factor, 1), colour, outline=2)
-        shown.append(big)
-    gap = np.full((shown[0].shape[0], 4, 3), 255, dtype=np.uint8)
-    row = np.concatenate([shown[0], gap, shown[1], gap, shown[2]], axis=1)
+    shown = fit(image, least, most)
+    panels = [shown]
+    for mask, colour in ((np.asarray(target) == 1, GREEN), (np.asarray(prediction) != 0, RED)):
+        panels.append(overlay(shown, fit(mask.astype(np.uint8), least, most), colour, outline=2))
+    gap = np.full((shown.shape[0], 4, 3), 255, dtype=np.uint8)
+    row = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
     return caption(row, text) if text else row
 
 

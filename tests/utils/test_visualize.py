@@ -56,6 +56,15 @@ def test_side_by_side_and_gallery() -> None:
         visualize.gallery([])
 
 
+def test_fit() -> None:
+    image, mask = scene()
+    assert visualize.fit(image, least=40).shape == (40, 60, 3)
+    assert visualize.fit(image, 10, 400) is image
+    large = visualize.fit(mask.repeat(40, 0).repeat(40, 1), most=60)
+    assert large.shape == (40, 60) and set(np.unique(large)) == {0, 1}
+    assert visualize.fit(np.zeros((4, 4000, 3), np.uint8), 256, 400).shape == (1, 400, 3)
+
+
 def test_score_table() -> None:
     rows = {"all": {"giou": 0.5, "n_masks": 3}, "": {"giou": 0.25, "ciou": 1.0, "n_masks": 1}}
     lines = visualize.score_table(rows, first="kind").splitlines()
