@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 Prompt = Literal["forced", "open", "answer"]
 """How evaluation prompts end: `forced` with the answer `[SEG]` (the published GRES protocol), `open` for free
-generation, `answer` with a whole fixed answer that holds `[SEG]` (teacher forcing)."""
+generation, `answer` with a whole fixed answer (teacher forcing). A question has one target mask, zero where
+the thing is absent; with `answer` one per `[SEG]` of the answer, so none for a denial."""
 PROMPTS: tuple[str, ...] = ("forced", "open", "answer")
 
 _LISTED_FAULTS = 20
@@ -193,10 +194,14 @@ class ConversationData(Dataset[Sample]):
         keep = self.options.respect_ignore
         return masks if (default if keep is None else keep) else (masks == 1).astype(np.uint8)
 
-    def _eval_turns(self, question: str, answer: str, masks: int = 1) -> Turns:
+    @property
+    def _mask_per_seg(self) -> bool:
+        """Whether a conversation's masks are those of its answer's `[SEG]`, rather than one target."""
+        return self.options.train or self.options.prompt == "answer"
+
+    def _eval_turns(self, question: str, answer: str) -> Turns:
         """Turns of an evaluation prompt; `answer` is used by the prompt `answer`."""
-        forced = " ".join([SEG_TOKEN] * masks)
-        return [(question, {"forced": forced, "open": None, "answer": answer}[self.options.prompt])]
+        return [(question, {"forced": SEG_TOKEN, "open": None, "answer": answer}[self.options.prompt])]
 
 
 def draw_record(sample: Sample) -> dict[str, object]:

@@ -213,7 +213,8 @@ class GenericData(ConversationData):
     """Samples of an `annotations.json`.
 
     Training: up to `num_per_image` questions of a picture, drawn without repetition. Evaluation: all
-    that have a target, in file order; it is the union of a question's masks, so every row has one.
+    that have a target, in file order; it is the union of a question's masks (with the prompt `answer`, the
+    masks of the answer).
 
     Args:
         path: the file or its folder.
@@ -253,7 +254,7 @@ class GenericData(ConversationData):
         return Sample(str(picture.path), image, conversations)
 
     def _conversation(self, query: Query, size: tuple[int, int], pick: Pick) -> Conversation:
-        masks = query.decode(*size) if self.options.train else query.target(*size)
+        masks = query.decode(*size) if self._mask_per_seg else query.target(*size)
         question, answer = self._texts(query, pick)
         turns = [(question, answer)] if self.options.train else self._eval_turns(question, answer)
         return Conversation(turns, self._ignore(masks, default=True), query.text, query.exists, query.kind)

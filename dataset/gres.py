@@ -351,7 +351,8 @@ class GresData(ConversationData):
             conversations.append(self._true(annotation, text, mask, pick))
         for number, premise in enumerate(annotation.false_premises[:1]):
             pick = self._pick(f"{entry.json_path.name}:absent:{number}", rng)
-            conversations.append(self._false(premise, np.zeros_like(mask), pick))
+            nothing = np.zeros((0 if self._mask_per_seg else 1, *mask.shape[1:]), np.uint8)
+            conversations.append(self._false(premise, nothing, pick))
         return conversations
 
     def _true(self, annotation: Annotation, text: str, mask: np.ndarray, pick: Pick) -> Conversation:

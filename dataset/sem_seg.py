@@ -204,5 +204,7 @@ class SemSegData(ConversationData):
         )
         if not exists:
             answer = self.templates.deny(name, False, pick)
-        turns = self._eval_turns(question, answer)
-        return Conversation(turns, self._target(labels, index), name, exists, name)
+        target = self._target(labels, index)
+        if not exists and self._mask_per_seg:
+            target = target[:0]
+        return Conversation(self._eval_turns(question, answer), target, name, exists, name)

@@ -69,6 +69,8 @@ def test_evaluation_has_one_target_per_row(tmp_path: Path) -> None:
     assert [int((c.masks == 1).sum()) for c in rows] == [24, 40, 0, 24, 0]
     assert [c.exists for c in rows] == [True, True, False, True, False]
     assert [c.sent_id for c in rows] == [0, 1, 2, 3, 4]
+    told = GenericData(tmp_path, ReadOptions(train=False, prompt="answer"))[0].conversations
+    assert [len(c.masks) for c in told] == [c.turns[0][1].count("[SEG]") for c in told] == [1, 2, 0, 1, 0]
 
 
 def test_written_masks_are_read_back(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_false_premises_in_training_and_test(gres_folder: Writer) -> None:
         (True, (1, 20, 24), 49),
         (False, (1, 20, 24), 0),
     ]
+    told = open_gres(root, name="ReasonSeg", train=False, prompt="answer")[0].conversations
+    assert [(c.turns[0][1].count("[SEG]"), len(c.masks)) for c in told] == [(1, 1), (0, 0)]
 
 
 @pytest.mark.parametrize("prompt", ["forced", "open", "answer"])

@@ -53,6 +53,8 @@ def test_evaluation_asks_every_class(folder: Path) -> None:
     assert set(np.unique(rows[2].masks)) == {0, 255}
     assert all(c.turns[0][1] is None for c in rows)
     assert "water" in rows[0].turns[0][0]  # names are lower-cased
+    told = SemSegData(folder, ReadOptions(train=False, prompt="answer"))[0].conversations
+    assert [len(c.masks) for c in told] == [c.turns[0][1].count("[SEG]") for c in told] == [1, 1, 0]
     present = SemSegData(folder, ReadOptions(train=False), present_only=True)
     assert [c.query for c in present[1].conversations] == ["road"]
     background = SemSegData(folder, ReadOptions(train=False, respect_ignore=False))
