@@ -103,4 +103,5 @@ def test_validation_meters(world: str, tmp_path) -> None:
     if world_size == 1:
         _run_rank(0, 1, str(tmp_path / "store"), runs)
     else:
-        mp.spawn(_run_rank, args=(world_size, str(tmp_path / "store"), runs), nprocs=world_size)
+        arguments = (world_size, str(tmp_path / "store"), runs)
+        mp.start_processes(_run_rank, arguments, nprocs=world_size, start_method="fork")
