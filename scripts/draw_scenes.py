@@ -30,11 +30,20 @@ class DrawConfig:
     """Side of a scene in pixels."""
     seed: int = 0
     """Seed; every split continues differently from it."""
+    list_questions: str = ""
+    """Draw nothing; print the questions of the first scene in this folder, one per line."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw every split that has scenes."""
     config = parse_config(DrawConfig, argv)
+    if config.list_questions:
+        from utils.io import read_json
+
+        for query in read_json(Path(config.list_questions) / "annotations.json")["images"][0]["queries"]:
+            text = query["text"]
+            print(text if text.endswith("?") else f"Find {text}.")
+        return
     from dataset.synthetic import write_scenes
 
     for number, split in enumerate(("train", "val", "test")):
