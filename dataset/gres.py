@@ -20,7 +20,7 @@ from dataset.image import load_rgb
 from dataset.masks import Raster, Shape, check_raster, rasterise, ring_array
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick
-from dataset.text import SEG_TOKEN
+from dataset.text import IMAGE_TOKEN, SEG_TOKEN
 from utils.io import StrPath
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,9 @@ def parse_annotation(data: bytes, source: StrPath) -> Annotation:
         raise DataError(source, "text", f"expected a list of non-empty texts, found {_short(texts)}")
     if not texts:
         raise DataError(source, "text", "the list is empty; at least one query is needed")
+    for token in (SEG_TOKEN, IMAGE_TOKEN):
+        if any(token in text for text in texts):
+            raise DataError(source, "text", f"{token} may not stand in a question")
     if not isinstance(shapes, list):
         raise DataError(source, "shapes", f"expected a list, found {_short(shapes)}")
     return Annotation(
@@ -145,8 +148,8 @@ def _false_premises(entries: Any, source: StrPath) -> Iterator[FalsePremise]:
         question, is_sentence, answer = entry
         if not isinstance(question, str) or not isinstance(answer, str) or not answer:
             raise DataError(source, field, f"question and answer must be texts, found {_short(entry)}")
-        if SEG_TOKEN in answer:
-            raise DataError(source, field, f"the answer to a false premise holds {SEG_TOKEN}")
+        if SEG_TOKEN in question + answer or IMAGE_TOKEN in question + answer:
+            raise DataError(source, field, f"{SEG_TOKEN} and {IMAGE_TOKEN} may not stand in a false premise")
         yield FalsePremise(question, _flag(is_sentence, source, f"{field}[1]"), answer)
 
 

@@ -189,6 +189,8 @@ def test_pictures_that_break_later(gres_folder: Writer, caplog: pytest.LogCaptur
         ({"text": []}, "text"),
         ({"text": [" "]}, "text"),
         ({"text": [3]}, "text"),
+        ({"text": ["a [SEG]"]}, "text"),
+        ({"text": ["<image> a"]}, "text"),
         ({"is_sentence": "yes"}, "is_sentence"),
         ({"shapes": {}}, "shapes"),
         ({"shapes": [3]}, r"shapes\[0\]"),
