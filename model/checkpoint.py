@@ -21,7 +21,7 @@ import torch
 from utils.hub import resolve
 from utils.io import StrPath
 
-from .assembly import Source, StateTensors, assemble, build_on_meta, cast_weights, model_shapes
+from .assembly import Source, StateTensors, assemble, build_on_meta, cast_weights, model_shapes, plan_sources
 from .export import save_base, save_lisat, save_sam
 from .key_maps import (
     SEG_PARTS,
@@ -79,6 +79,8 @@ class Options:
     """the tower's folder or OpenCLIP `.pt`; None: where the config says (beside the folder, in the cache)"""
     tower_activation: str | None = None
     """`gelu` or `quick_gelu`, needed for a tower without config.json (OpenCLIP files)"""
+    tower_heads: int | None = None
+    """attention heads of such a tower; None: width / 64, as in every named CLIP"""
     sam_file: StrPath | None = None
     """SAM's own file (`.pth` or safetensors)"""
     sam: SamConfig | None = None
@@ -162,6 +164,20 @@ def load_base(
         _grow_vocabulary(model, len(tokenizer), new_rows, seed)
         config.seg_token_id, config.mm_use_im_start_end = seg_token_id, image_tags
     return model, config
+
+
+def describe_base(folder: StrPath, sam_file: StrPath | None = None, **options: Any) -> LisatConfig:
+    """The configuration that `load_base` would build, from settings and shapes alone (no weights are read).
+
+    Every tensor that is missing, unexpected or mis-shaped is listed in the ValueError, as by `load_base`.
+    """
+    folder = resolve(str(folder), what="base folder")
+    layout = read_layout(folder)
+    gathered = _gather(folder, layout, Options(sam_file=sam_file, **options))
+    fresh = () if layout.whole and not options.get("reinit_seg_modules") else ("text_hidden_fcs.",)
+    config = LisatConfig.from_dict(gathered.fields)
+    plan_sources(model_shapes(build_on_meta(config)), gathered.sources, fresh)
+    return config
 
 
 def load_trained(
@@ -311,7 +327,7 @@ def _tower(
     folder: Path, layout: Layout, options: Options, holders: list[Source]
 ) -> tuple[dict[str, Any], Source | None]:
     """Vision configuration and, if the tower has a place of its own, its tensors."""
-    wanted = options.vision_tower or layout.tower
+    wanted, unknown = options.vision_tower or layout.tower, (options.tower_activation, options.tower_heads)
     inside = {k: v for s in holders for k, v in s.shapes().items() if k.startswith("vision_tower.")}
     try:
         path = resolve(str(wanted or ""), near=[folder], what="vision tower")
@@ -319,14 +335,14 @@ def _tower(
         if options.vision_tower is not None or not inside:
             raise
         logger.info("the tower %s is not here; the one inside %s is taken", wanted, folder)
-        return infer_vision_config(inside, options.tower_activation), None
+        return infer_vision_config(inside, *unknown), None
     if is_open_clip(path):
         source = Source(StateTensors(read_open_clip(path)), map_own_key, str(path))
-        return infer_vision_config(source.shapes(), options.tower_activation), source
+        return infer_vision_config(source.shapes(), *unknown), source
     source = Source(WeightFiles(path), map_tower_key, str(path)) if has_weights(path) else None
     config = read_vision_config(path)
     if config is None:
-        config = infer_vision_config(source.shapes() if source else inside, options.tower_activation)
+        config = infer_vision_config(source.shapes() if source else inside, *unknown)
     return config, source
 
 

@@ -147,6 +147,11 @@ def infer_vision_config(
             f"(OpenAI's weights, OpenCLIP's ViT-L-14-quickgelu); it cannot be read from the weights"
         )
     width, channels, patch, _ = _shape(shapes, "vision_tower.embeddings.patch_embedding.weight")
+    if heads is None and width % CLIP_HEAD_WIDTH:
+        raise ValueError(
+            f"tower of width {width}: its number of attention heads cannot be read from the weights (width / "
+            f"{CLIP_HEAD_WIDTH} is no whole number); state it, or keep the tower's config.json beside them"
+        )
     positions = _shape(shapes, "vision_tower.embeddings.position_embedding.weight")[0]
     side = math.isqrt(positions - 1)
     if side * side != positions - 1:
