@@ -331,9 +331,9 @@ def _tower(
     inside = {k: v for s in holders for k, v in s.shapes().items() if k.startswith("vision_tower.")}
     try:
         path = resolve(str(wanted or ""), near=[folder], what="vision tower")
-    except ValueError:
+    except ValueError as error:
         if options.vision_tower is not None or not inside:
-            raise
+            raise ValueError(f"{error} Or name the tower's folder with --vision_tower.") from error
         logger.info("the tower %s is not here; the one inside %s is taken", wanted, folder)
         return infer_vision_config(inside, *unknown), None
     if is_open_clip(path):

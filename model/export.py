@@ -18,14 +18,13 @@ from utils.io import StrPath, atomic_dir, atomic_write_json, atomic_write_text, 
 
 from .assembly import stored_dtype
 from .key_maps import SEG_PARTS, published_key
-from .layouts import BASE_TYPE, OWN_TYPE, SAM_FIELD
+from .layouts import BASE_TYPE, FORMAT_VERSION, OWN_TYPE, SAM_FIELD
 from .model_card import model_card, parameter_counts
 from .tower_files import save_tower_folder
 from .weight_files import write_shards
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 LAYOUTS = ("lisat", "published")
 TOWER_FOLDER = "vision_tower"
 

@@ -21,6 +21,8 @@ from .sam import SamConfig
 
 logger = logging.getLogger(__name__)
 
+FORMAT_VERSION = 1
+"""of our folders"""
 OWN_TYPE = "lisat"
 """`model_type` in our config.json of a whole LISAT."""
 BASE_TYPE = "lisat_base"
@@ -81,6 +83,11 @@ def read_layout(folder: StrPath) -> Layout:
     raw = read_json(folder / "config.json", dict)
     kind = raw.get("model_type")
     if kind in (OWN_TYPE, BASE_TYPE):
+        if raw.get("format_version", 1) > FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / 'config.json'}: format_version {raw['format_version']} is newer than "
+                f"this program's {FORMAT_VERSION}; update the program"
+            )
         known = {key: value for key, value in raw.items() if key not in _OUR_EXTRAS}
         return Layout(kind, known, raw=raw)
     if kind not in ("llava", "llava_llama", "llama"):
