@@ -45,12 +45,11 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, prog: str | No
     args = list(sys.argv[1:] if argv is None else argv)
     presets, args = _split_presets(args)
     values, faults = _read_presets(cls, presets)
-    missing = _required(cls) - values.keys()
     default = _with_defaults(cls, values)
     config, flag_faults = _parse_flags(cls, args, default, prog)
     faults += flag_faults
     if config is None:
-        raise ConfigError(faults or [f"a required flag is missing: {', '.join(sorted(missing))}"])
+        raise ConfigError(faults)
     return checked(config, faults)
 
 
@@ -225,19 +224,20 @@ def _parse_flags(cls: type[T], args: list[str], default: T, prog: str | None) ->
         _tyro(cls, ["--help"], default, prog)
     with contextlib.suppress(_FlagFault):
         return _captured(cls, args, default, prog), []
-    faults = []
+    faults, good = [], []
     optional = _placeholders(cls, default)
     for chunk in _chunks(args):
         try:
             _captured(cls, chunk, optional, prog)
+            good += chunk
         except _FlagFault as fault:
             faults.append(str(fault))
-    if not faults:
-        with contextlib.suppress(_FlagFault):
-            return _captured(cls, args, default, prog), []
-        missing = [name for name in sorted(_required(cls)) if not _is_set(default, name, args)]
-        faults = [f"--{name} is required" for name in missing] or ["the flags cannot be read; see --help"]
-    return None, faults
+    missing = [name for name in sorted(_required(cls)) if not _is_set(default, name, args)]
+    faults += [f"--{name} is required" for name in missing]
+    validate = getattr(optional, "validate", None)
+    if validate is not None and not missing:  # what can be said about the rest
+        faults += _captured(cls, good, optional, prog).validate()
+    return None, faults or ["the flags cannot be read; see --help"]
 
 
 class _FlagFault(Exception):
@@ -259,13 +259,22 @@ def _captured(cls: type[T], args: list[str], default: T, prog: str | None) -> T:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return _tyro(cls, args, default, prog)
     except SystemExit:
-        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in output.getvalue().splitlines()]
-        said = [line for line in lines if line and line[0] not in "╭╰─"]
-        name = args[0].lstrip("-").partition("=")[0].replace("-", "_") if args else ""
-        hint = ""
-        if said and said[0].startswith("Unrecognized"):
-            hint = _did_you_mean(name, {field.name for field in dataclasses.fields(cls)})
-        raise _FlagFault((said[0] if said else f"cannot read {' '.join(args)}") + hint) from None
+        raise _FlagFault(_message(output.getvalue()) + _suggestion(cls, args)) from None
+
+
+def _message(printed: str) -> str:
+    """The sentence between the first two rules of what the parser printed."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in printed.splitlines()]
+    rules = [number for number, line in enumerate(lines) if line and not line.strip("-─")]
+    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(filter(None, body)) or "the flags cannot be read; see --help"
+
+
+def _suggestion(cls: type, args: list[str]) -> str:
+    name = args[0].lstrip("-").partition("=")[0].replace("-", "_") if args else ""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    known = name in fields or name.removeprefix("no_") in fields
+    return "" if known or not args[0].startswith("--") else _did_you_mean(name, fields)
 
 
 def _chunks(args: list[str]) -> list[list[str]]:

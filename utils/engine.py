@@ -296,7 +296,9 @@ class Engine:
         better = self.best_score is None or score > self.best_score
         if better and not self.config.eval_only:
             self.best_score, self.best_step = score, self.step
-        text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        text = ", ".join(
+            f"{name} {value:.{0 if value.is_integer() else 4}f}" for name, value in figures.items()
+        )
         logger.info("validation at step %d: %s%s", self.step, text, " (best so far)" if better else "")
         return better
 

@@ -9,7 +9,7 @@ import torch
 
 
 class Progress:
-    """Progress bar over optimiser steps in the main process; silent elsewhere."""
+    """Progress over optimiser steps; the bar is drawn only on a terminal (elsewhere the log says it)."""
 
     def __init__(self, total: int, first: int, enabled: bool = True) -> None:
         self.started = time.monotonic()
@@ -19,16 +19,15 @@ class Progress:
         self._images = 0.0
         self._window_start = self.started
         self._bar: Any = None
-        if enabled:
+        if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
-            quiet = 0.5 if sys.stderr.isatty() else 15.0
-            self._bar = tqdm(total=total, initial=first, unit="step", mininterval=quiet, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=first, unit="step", mininterval=0.5, dynamic_ncols=True)
 
     @property
     def shown(self) -> bool:
-        """True if a bar is drawn on a terminal (then log lines need not go there as well)."""
-        return self._bar is not None and sys.stderr.isatty()
+        """True if a bar is drawn (then log lines need not go to the terminal as well)."""
+        return self._bar is not None
 
     def advance(self, step: int, images: int) -> None:
         """`step` steps are done now; the last one took `images` images over all processes."""

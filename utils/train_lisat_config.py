@@ -1,12 +1,13 @@
 """Command line of LISAT training: the published flags, and ours (torch-free, so that `--help` is fast)."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from utils.engine_config import EngineConfig
+from utils.hub import resolve
 
+SAM_PLACEHOLDER = "PATH_TO_SAM_ViT-H"
 FAMILIES = (
     "geo_reason_seg",
     "reason_seg",
@@ -32,7 +33,7 @@ class TrainLisatConfig(EngineConfig):
     """Tower folder or OpenCLIP file; empty = where the base says."""
     tower_activation: Literal["", "gelu", "quick_gelu"] = ""
     """Activation of a tower without config.json."""
-    vision_pretrained: str = "PATH_TO_SAM_ViT-H"
+    vision_pretrained: str = SAM_PLACEHOLDER
     """SAM's weights; not read if the base holds a trained SAM."""
     reinit_seg_modules: bool = False
     """Start SAM and text_hidden_fcs afresh although the base has trained ones (the published behaviour)."""
@@ -173,13 +174,18 @@ class TrainLisatConfig(EngineConfig):
 
     def _missing_files(self) -> list[str]:
         faults = []
-        if _is_path(self.version) and not Path(self.version).is_dir():
-            faults.append(f"--version {self.version}: no such folder; give a LISAT_PRE, base or LISAT folder")
-        if self.vision_tower and _is_path(self.vision_tower) and not Path(self.vision_tower).exists():
-            faults.append(f"--vision_tower {self.vision_tower}: nothing is there")
-        sam = self.vision_pretrained
-        if sam and sam != "PATH_TO_SAM_ViT-H" and not Path(sam).exists():
-            faults.append(f"--vision_pretrained {sam}: nothing is there; give SAM's .pth or safetensors file")
+        named = [
+            ("version", "base folder"),
+            ("vision_tower", "vision tower"),
+            ("vision_pretrained", "SAM file"),
+        ]
+        for field, what in named:
+            name = getattr(self, field)
+            if name and name != SAM_PLACEHOLDER:
+                try:
+                    resolve(name, near=[self.version], what=what)
+                except ValueError as error:
+                    faults.append(f"--{field}: {error}")
         if not Path(self.dataset_dir).is_dir() and any(spec.find(":") < 0 for _, spec, _ in self._specs()):
             faults.append(f"--dataset_dir {self.dataset_dir}: no such folder")
         return faults
@@ -189,8 +195,3 @@ class TrainLisatConfig(EngineConfig):
             return self.sources()
         except ValueError:
             return []
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name is meant as a path (and not as a published name in the hub's cache)."""
-    return name.startswith((".", os.sep, "~")) or name.count("/") != 1
