@@ -1,6 +1,6 @@
 """Key lists of full-size checkpoints placed on models without weights.
 
-Command: `python -m model.checkpoint --check FILE`.
+Command: `python -m model.checkpoint --check FILE` (or `python -m model.check_keys`).
 
 FILE is a JSON object whose entries are lists of [name, shape, dtype]: `lisat_7b`, `lisat_pre_7b`,
 `vision_tower_dir`, `sam_vit_h_pth`, `peft_extra_lora`; other entries are notes.
@@ -91,3 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 def _is_lora(name: str) -> bool:
     fate = map_training_key(name)
     return fate is not None and ".lora_" in getattr(fate, "name", "")
+
+
+if __name__ == "__main__":
+    main()
