@@ -1,6 +1,6 @@
 """Procedurally drawn satellite-like scenes and questions whose words alone decide the mask.
 
-A scene is a square RGB picture of ground with up to 7 non-overlapping objects; each has a kind, a colour,
+A scene is a square RGB picture of ground with 4 to 7 non-overlapping objects; each has a kind, a colour,
 a size and a heading. `ask` draws questions about one scene: by attribute, all of a class, by position, by
 size, by relation to another object, by purpose (implicit), and about things that are not there. A question is
 only asked where its answer is unambiguous by a margin, and superlatives and relations only where a second
@@ -184,7 +184,13 @@ def _place(rng: np.random.Generator, size: int, count: int) -> list[tuple[float,
 
 
 def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
-    """Draw one scene of `size` x `size` pixels with up to 7 objects of up to 4 kinds."""
+    """Draw one scene of `size` x `size` pixels with 4 to 7 objects of up to 4 kinds."""
+    while len((scene := _try_scene(rng, size)).objects) < 4:
+        pass
+    return scene
+
+
+def _try_scene(rng: np.random.Generator, size: int) -> Scene:
     ground = np.array(_GROUNDS[rng.integers(len(_GROUNDS))], np.float32) + rng.uniform(-12, 12, 3)
     patches = cv2.resize(
         rng.normal(0, 9, (7, 7, 3)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC

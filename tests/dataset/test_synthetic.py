@@ -64,7 +64,7 @@ def test_scenes_repeat_with_the_seed_and_objects_never_overlap() -> None:
     for one, two in zip(first, again):
         np.testing.assert_array_equal(one.image, two.image)
         assert one.image.dtype == np.uint8 and one.image.shape == (128, 128, 3)
-        assert 1 <= len(one.objects) <= 7
+        assert 4 <= len(one.objects) <= 7
         assert np.sum([o.mask for o in one.objects], axis=0).max() == 1
         assert min(o.area for o in one.objects) > 60
 
@@ -80,6 +80,13 @@ def test_every_question_means_what_it_says() -> None:
             union = query.mask(scene)
             assert union.sum() == sum(scene.objects[i].area for i in query.targets)
     assert min(seen.values()) > 30, seen
+
+
+def test_a_thousand_scenes_can_all_be_asked_about() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(1000):
+        scene = draw_scene(rng, 64)
+        assert len(scene.objects) >= 4 and len(ask(scene, rng, 4)) == 4
 
 
 def test_the_same_scene_with_another_question_has_another_mask() -> None:
