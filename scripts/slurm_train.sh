@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# One SLURM job, one process per GPU on every node:
-#   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm_train.sh train_lisat.py --config lisat_7b --global_batch_size 96
+# One SLURM job, one task per GPU on every node:
+#   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 scripts/slurm_train.sh train_lisat.py --config lisat_7b
 # Submit again (or let --requeue do it): training goes on from the latest checkpoint as if it had not stopped.
 #SBATCH --job-name lisat
-#SBATCH --ntasks-per-node 1
-#SBATCH --cpus-per-task 32
+#SBATCH --cpus-per-task 8
 #SBATCH --time 24:00:00
 #SBATCH --signal USR1@300
 #SBATCH --requeue
@@ -17,12 +16,8 @@ python=.venv/bin/python
 
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT python
-GPUS="${SLURM_GPUS_ON_NODE:-1}"
-export GPUS
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 
-# one torchrun per node; it starts the processes of its node. USR1 comes five minutes before the time is up:
-# srun hands it to every process, the engine saves and ends
-srun --kill-on-bad-exit=1 bash -c 'exec "$python" -m torch.distributed.run \
-    --nnodes "$SLURM_JOB_NUM_NODES" --node_rank "$SLURM_NODEID" --nproc_per_node "$GPUS" \
-    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' bash "$@"
+# ranks are read from SLURM's variables; USR1 reaches every task five minutes before the time is up, and the
+# engine saves and ends
+exec srun --kill-on-bad-exit=1 "$python" "$@"

@@ -167,8 +167,8 @@ class _SeededCollate:
 
 def _start_worker(worker: int) -> None:
     """Workers leave ending to their parent (which saves first) and use one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2
