@@ -101,6 +101,9 @@ class ReadOptions:
     keep_empty: evaluation keeps GRES-like files without any target, as questions whose answer is "nothing".
     all_texts: evaluation asks every text of a GRES-like file instead of the first.
     list_file: names of the files of a split (one per line).
+    augment: training on semantic folders only: smallest share of the sides that a random crop keeps, with
+        random quarter turns and mirroring (questions about land cover mean the same in every orientation).
+        1 turns and mirrors without cropping, 0 leaves pictures as they are.
     """
 
     train: bool = True
@@ -115,6 +118,7 @@ class ReadOptions:
     keep_empty: bool = False
     all_texts: bool = False
     list_file: str | None = None
+    augment: float = 0.0
 
     def __post_init__(self) -> None:
         faults = []
@@ -124,6 +128,8 @@ class ReadOptions:
             faults.append(f"prompt {self.prompt!r} is none of {', '.join(PROMPTS)}")
         if not 0 <= self.absent_rate <= 1:
             faults.append(f"absent_rate must be in 0..1, found {self.absent_rate}")
+        if not 0 <= self.augment <= 1:
+            faults.append(f"augment must be in 0..1, found {self.augment}")
         if faults:
             raise ValueError("; ".join(faults))
 

@@ -57,6 +57,26 @@ def read_label_mask(path: StrPath) -> np.ndarray:
     return mask
 
 
+def random_view(
+    image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, least: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop that keeps at least the share `least` of both sides, turned and mirrored at random.
+
+    image (H, W, 3) and labels (H, W) move alike; returns contiguous copies.
+    """
+    height, width = labels.shape
+    share = rng.uniform(least, 1.0)
+    rows, columns = max(1, round(height * share)), max(1, round(width * share))
+    top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+
+    def move(array: np.ndarray) -> np.ndarray:
+        turned = np.rot90(array[top : top + rows, left : left + columns], turns)
+        return np.ascontiguousarray(turned[:, ::-1] if mirror else turned)
+
+    return move(image), move(labels)
+
+
 def list_pairs(
     folder: StrPath, files: str | Iterable[str] | None = None
 ) -> tuple[list[tuple[Path, Path]], list[Fault]]:
@@ -154,6 +174,8 @@ class SemSegData(ConversationData):
         image, labels = load_rgb(picture), self.labels(index)
         if labels.shape != image.shape[:2]:
             raise DataError(mask_path, "", f"mask is {labels.shape} pixels, picture {image.shape[:2]}")
+        if self.options.train and self.options.augment:
+            image, labels = random_view(image, labels, rng, self.options.augment)
         areas = np.bincount(labels.ravel(), minlength=256)
         present = [c for c in self.classes if areas[c] >= self.min_area]
         absent = [c for c in self.classes if areas[c] == 0]

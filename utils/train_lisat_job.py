@@ -297,6 +297,7 @@ def _read_options(config: TrainLisatConfig, train: bool) -> ReadOptions:
         prompt="answer",
         raster=config.raster,
         strict=config.strict_data,
+        augment=config.augment if train else 0.0,
     )
 
 

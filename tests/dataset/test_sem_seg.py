@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dataset.base import ReadOptions
-from dataset.sem_seg import SemSegData, list_pairs, read_classes
+from dataset.sem_seg import SemSegData, list_pairs, random_view, read_classes
 from tests.dataset.conftest import picture
 
 CLASSES = {"0": "Water", "2": "road", "3": "tree", "255": "ignore"}
@@ -132,3 +132,19 @@ def test_faulty_classes(tmp_path: Path, classes: dict, message: str) -> None:
     write(tmp_path, {"a": halves(0, 1)}, classes)
     with pytest.raises(ValueError, match=message):
         read_classes(tmp_path)
+
+
+def test_random_views_move_picture_and_labels_alike() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 200, (40, 60)).astype(np.uint8)
+    image = np.repeat(labels[..., None], 3, axis=2)
+    shapes = set()
+    for _ in range(40):
+        seen, named = random_view(image, labels, rng, 0.5)
+        np.testing.assert_array_equal(seen[..., 0], named)
+        assert 20 <= min(named.shape) and max(named.shape) <= 60
+        assert np.isin(named, labels).all()
+        shapes.add(named.shape)
+    assert len(shapes) > 20
+    whole = {random_view(image, labels, rng, 1.0)[1].tobytes() for _ in range(200)}
+    assert len(whole) == 8
