@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any
 
     torch.set_num_threads(1)
     world = init_distributed("cpu")
-    operations = _arm(checkpointing, kill_at)
+    operations = arm(checkpointing, kill_at)
     torch.manual_seed(5)
     engine = Engine(ToyModel(), config, world, ToyData(**data), toy_collate, toy_validate)
     result = engine.run()
@@ -124,7 +125,7 @@ def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any
     return result
 
 
-def _arm(checkpointing: Any, deadly_one: int | None) -> list[str]:
+def arm(checkpointing: Any, deadly_one: int | None) -> list[str]:
     """Note every file operation of checkpointing; kill this process with SIGKILL at number `deadly_one`."""
     done: list[str] = []
 
@@ -144,14 +145,16 @@ def _arm(checkpointing: Any, deadly_one: int | None) -> list[str]:
     return done
 
 
-def start(config: ToyConfig, ranks: int = 1, **arguments: Any) -> list[Any]:
-    """Start `ranks` training processes, forked from a server that has the heavy imports loaded already."""
+def start(
+    config: EngineConfig, ranks: int = 1, job: Callable[..., Any] = train_toy, **arguments: Any
+) -> list[Any]:
+    """Start `ranks` processes that run `job`, forked from a server with the heavy imports loaded."""
     import multiprocessing
 
     from utils.distributed import free_port
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.utils.toy_training", "utils.engine", "deepspeed"])
+    context.set_forkserver_preload(["tests.utils.toy_training", "utils.train_lisat_job", "deepspeed"])
     port = free_port()
     processes = []
     for rank in range(ranks):
@@ -159,7 +162,7 @@ def start(config: ToyConfig, ranks: int = 1, **arguments: Any) -> list[Any]:
         env = {name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "127.0.0.1"}
         if ranks == 1:
             env = {}
-        process = context.Process(target=_child, args=(env, config, arguments))
+        process = context.Process(target=_child, args=(env, config, job, arguments))
         process.start()
         processes.append(process)
     return processes
@@ -175,10 +178,10 @@ def finish(processes: list[Any], seconds: float = 120) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def _child(env: dict[str, str], config: ToyConfig, arguments: dict[str, Any]) -> None:
+def _child(env: dict[str, str], config: EngineConfig, job: Callable[..., Any], arguments: Any) -> None:
     os.environ.update(env)
     try:
-        train_toy(config, **arguments)
+        job(config, **arguments)
     except (RuntimeError, ValueError) as error:
         Path(config.log_base_dir).mkdir(parents=True, exist_ok=True)
         name = f"{config.exp_name}-error-{env.get('RANK', '0')}.txt"
