@@ -39,7 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 @dataclass
 class LisatConfig:
     """Everything that fixes the network. `llm` and `vision` hold `LlamaConfig` and `CLIPVisionConfig`
-    fields; `sam` None gives a captioning model without masks; `seg_token_id` -1 means no `[SEG]` yet."""
+    fields; `sam` None gives a captioning model without masks; `seg_token_id` -1 means no `[SEG]` yet.
+    `conv_type` and `templates` (a built-in name or a file) say how it was asked in training."""
 
     llm: dict[str, Any]
     vision: dict[str, Any]
@@ -52,6 +53,7 @@ class LisatConfig:
     seg_token_id: int = -1
     mm_use_im_start_end: bool = True
     conv_type: str = "llava_v1"
+    templates: str = "default"
     attn_implementation: str = "sdpa"
     loss_weights: LossWeights = field(default_factory=LossWeights)
 

@@ -91,4 +91,4 @@ def _images(config: Any) -> str:
     )
     if config.sam is not None:
         text += f", Segment Anything {config.sam.image_size}x{config.sam.image_size}"
-    return text + f". Conversation template: `{config.conv_type}`."
+    return text + f". Conversation template: `{config.conv_type}`, question templates: `{config.templates}`."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dataset.generic import write_annotations
+from dataset.templates import load_templates
 from tests.conftest import REPO
 from tests.tiny_lisat import write_checkpoint
 from utils.config import ConfigError, parse_config
@@ -137,6 +139,26 @@ def test_predictions_of_other_weights_are_refused(make, tmp_path: Path) -> None:
         run(make(pretrained_model_path=str(other), limit=2))
     run(make(pretrained_model_path=str(other), limit=2, restart=True))
     assert results(make())["header"]["weights"] == fingerprint(other)
+
+
+def test_questions_are_put_as_in_training(make, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    settings = json.loads((folder / "config.json").read_text())
+
+    def trained_with(templates: str) -> EvalConfig:
+        (folder / "config.json").write_text(json.dumps(settings | {"templates": templates}))
+        return make(pretrained_model_path=str(folder), templates="auto", limit=1, restart=True)
+
+    for name in ("tiny", "default"):
+        config = trained_with(name)
+        run(config)
+        assert results(config)["header"]["templates"] == name
+        text = read_predictions(config.vis_save_path).images[0]["queries"][0]["text"]
+        assert text in {
+            t.replace("{class_name}", "the red ship") for t in load_templates(name).short_question
+        }
+    with pytest.raises(ValueError, match="trained with the question templates of gone.json"):
+        run(trained_with("gone.json"))
 
 
 def test_faults_are_listed_together() -> None:

@@ -55,8 +55,8 @@ class EvalConfig:
     """Score GRES-like files without any target (as empty targets) instead of leaving them out."""
     strict: bool = False
     """Stop at unusable files of the data set instead of leaving them out with a warning."""
-    templates: str = "default"
-    """Question templates: default, tiny, or a file."""
+    templates: str = "auto"
+    """Question templates: default, tiny, or a file. auto: those the checkpoint was trained with."""
     vis_save_path: str = "./inference_dir/lisat"
     """Folder for predictions and results."""
     eval_prompt: Literal["auto", "forced", "answer", "open"] = "auto"
@@ -152,12 +152,13 @@ def inference(config: EvalConfig) -> str:
     rank, world_size, device = _place(config)
     model, tokenizer, processor = load_for_inference(folder, device, config.precision, config.image_size)
     protocol = choose_protocol(config, model.config.conv_type)
-    dataset = open_dataset(config, protocol.eval_prompt)
+    templates = choose_templates(config, model.config.templates)
+    dataset = open_dataset(config, protocol.eval_prompt, templates)
     number = min(config.limit, len(dataset)) if config.limit else len(dataset)
     header = {
         "dataset": dataset_name(config),
         "data": dataset_spec(config),
-        "templates": config.templates,
+        "templates": templates,
         "n_images": number,
         "checkpoint": str(config.pretrained_model_path or folder),
         "weights": fingerprint(folder),
@@ -231,6 +232,20 @@ def choose_protocol(config: EvalConfig, checkpoint_conv_type: str) -> "Protocol"
     if conv_type != checkpoint_conv_type:
         logger.info("the checkpoint was trained with template %s", checkpoint_conv_type)
     return Protocol(eval_prompt, config.forced_answer, conv_type, config.max_new_tokens)
+
+
+def choose_templates(config: EvalConfig, checkpoint_templates: str) -> str:
+    """The question templates of a run with `auto` decided; ValueError if they were a file that is gone."""
+    from dataset.templates import BUILT_IN
+
+    templates = checkpoint_templates if config.templates == "auto" else config.templates
+    if config.templates == "auto" and templates not in BUILT_IN and not Path(templates).is_file():
+        raise ValueError(
+            f"the checkpoint was trained with the question templates of {templates}, which is not here; "
+            f"give --templates: that file's new place, or one of {', '.join(BUILT_IN)}"
+        )
+    logger.info("question templates: %s (the checkpoint's: %s)", templates, checkpoint_templates)
+    return templates
 
 
 def fingerprint(folder: StrPath) -> str:
@@ -335,7 +350,7 @@ def dataset_name(config: EvalConfig) -> str:
     return re.sub(r"_*[^\w.+-]+", "_", name).strip("_")
 
 
-def open_dataset(config: EvalConfig, eval_prompt: str) -> "Sequence[Sample]":
+def open_dataset(config: EvalConfig, eval_prompt: str, templates: str) -> "Sequence[Sample]":
     """The data set of an evaluation: every question of every picture once, templates fixed by file names."""
     from dataset.registry import load_dataset
 
@@ -346,7 +361,7 @@ def open_dataset(config: EvalConfig, eval_prompt: str) -> "Sequence[Sample]":
         prompt=eval_prompt,
         raster=config.raster,
         respect_ignore=True if config.respect_ignore else None,
-        templates=config.templates,
+        templates=templates,
         seed=config.seed,
         all_texts=config.all_texts,
         keep_empty=config.keep_empty,

@@ -53,6 +53,8 @@ class MergeConfig:
     """side of SAM's input, checked; else as stored"""
     conv_type: str | None = None
     """conversation template, written into the config; else llava_v1"""
+    templates: str | None = None
+    """question templates, written into the config; else the base's"""
     use_mm_start_end: bool | None = None
     """image tags <im_start>, <im_end> were used; else yes"""
     train_mask_decoder: bool = True
@@ -100,6 +102,7 @@ def merge(config: MergeConfig) -> Path:
     )
     _check(lisat, config)
     lisat.conv_type = _first(config.conv_type, run.get("conv_type"), lisat.conv_type)
+    lisat.templates = _first(config.templates, run.get("templates"), lisat.templates)
     text = f"Merged from `{Path(config.weight).name}` over `{Path(version).name}` (LoRA alpha {alpha:g})."
     return save_lisat(
         model,

@@ -188,7 +188,7 @@ def build_model(setup: Setup) -> nn.Module:
         seed=config.seed,
         **_base_options(config),
     )
-    lisat.conv_type = config.conv_type
+    lisat.conv_type, lisat.templates = config.conv_type, config.templates
     lisat.loss_weights = LossWeights(config.ce_loss_weight, config.bce_loss_weight, config.dice_loss_weight)
     if config.text_fcs_scale != 1.0:
         _scale_prompts(model, config)

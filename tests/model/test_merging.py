@@ -58,7 +58,9 @@ def run_folder(tmp_path: Path, state: State, bases: tuple[Path, Path]) -> Path:
         "lora_alpha: 12.0",
         "precision: fp32",
     ]
-    (tmp_path / "run" / "config.yaml").write_text("\n".join([*settings, "conv_type: llava_llama_2\n"]))
+    (tmp_path / "run" / "config.yaml").write_text(
+        "\n".join([*settings, "conv_type: llava_llama_2", "templates: tiny\n"])
+    )
     return tmp_path / "run"
 
 
@@ -72,7 +74,8 @@ def test_merging_a_run_equals_merging_in_memory(
     out = merge(MergeConfig(weight=str(run), save_path=str(tmp_path / "out")))
     again, config = load_lisat(out)
     assert close(merged, again)
-    assert config.conv_type == "llava_llama_2" and config.seg_token_id == len(base_tokenizer())
+    assert (config.conv_type, config.templates) == ("llava_llama_2", "tiny")
+    assert config.seg_token_id == len(base_tokenizer())
     assert "over `llava` (LoRA alpha 12)" in (out / "README.md").read_text()
     assert (out / "tokenizer.model").is_file() and (out / "lisat_processor.json").is_file()
 
