@@ -1,5 +1,6 @@
 """Train LISAT: `python train_lisat.py --config lisat_tiny`, or under torchrun, deepspeed or srun."""
 
+import os
 import sys
 
 from utils.config import ConfigError, parse_config
@@ -23,7 +24,7 @@ def main() -> int:
     except NonFiniteLoss as error:
         print(error, file=sys.stderr)
         return 1
-    if result is not None:
+    if result is not None and os.environ.get("RANK", "0") == "0":
         state = "stopped" if result.interrupted else "done"
         print(f"{state} at step {result.step}; checkpoints in {result.run_dir / 'checkpoints'}")
     return 0

@@ -72,7 +72,7 @@ class CheckpointStore:
             atomic_write_text(self.folder / "latest", final.name + "\n")
             if best:
                 atomic_write_text(self.folder / "best", final.name + "\n")
-            self._prune()
+            self._prune(step)
         self.world.barrier()
         return final
 
@@ -81,19 +81,33 @@ class CheckpointStore:
         file = self.folder / pointer
         return resolve_checkpoint(file) if file.is_file() else None
 
-    def clean(self, state: dict[str, Any] | None) -> None:
-        """After a kill: remove partial folders and put `best` back to what the resumed state says."""
-        if self.world.is_main and self.folder.is_dir():
+    def continue_from(self, state: dict[str, Any]) -> None:
+        """Put both pointers to what a resumed state says, and remove what a killed save left."""
+        if self.world.is_main:
             for rest in self.folder.glob(".step-*.partial"):
                 shutil.rmtree(rest, ignore_errors=True)
-            best_step = (state or {}).get("best_step")
+            atomic_write_text(self.folder / "latest", f"step-{state['step']}\n")
+            best_step = state["best_step"]
             if best_step is not None and (self.folder / f"step-{best_step}").is_dir():
                 atomic_write_text(self.folder / "best", f"step-{best_step}\n")
         self.world.barrier()
 
-    def _prune(self) -> None:
-        """Remove all but the newest `keep_last` folders and the pointed ones."""
-        steps = sorted(_step_folders(self.folder), key=_step_of)
+    def begin(self) -> None:
+        """Start a new run here: checkpoints of an earlier one are moved aside, never mixed or deleted."""
+        if self.world.is_main and self.folder.is_dir() and any(_step_folders(self.folder)):
+            number = next(n for n in range(1, 10**6) if not self._aside(n).exists())
+            os.rename(self.folder, self._aside(number))
+            logger.warning("%s held an earlier run; it is %s now", self.folder, self._aside(number))
+        elif self.world.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.world.barrier()
+
+    def _aside(self, number: int) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{number}")
+
+    def _prune(self, step: int) -> None:
+        """Remove all but the newest `keep_last` folders up to `step` and the pointed ones."""
+        steps = sorted((path for path in _step_folders(self.folder) if _step_of(path) <= step), key=_step_of)
         kept = {path for path in (self.pointed("latest"), self.pointed("best")) if path is not None}
         kept.update(steps[-self.keep_last :])
         for path in steps:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,7 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -140,10 +140,14 @@ class Engine:
         checkpoint = self._find_checkpoint()
         if checkpoint is None:
             _seed_everything(self.config.seed + 7919 * self.world.rank)
-            self.store.clean(None)
         else:
             self._load(checkpoint)
-        self.run_dir.start(self.config, self.facts(), self.step)
+        if not self.config.eval_only:
+            if checkpoint is None or checkpoint.parent.resolve() != self.store.folder.resolve():
+                self.store.begin()
+            else:
+                self.store.continue_from(read_state(checkpoint))
+        self.run_dir.start(self.config, self.facts(), None if self.config.eval_only else self.step)
         for name, value in self.facts().items():
             logger.info("%s: %s", name, value)
         try:
@@ -369,8 +373,6 @@ class Engine:
             stored, own_buffers = load_file(buffers), trained_buffers(self.ds.module)
             for name, value in own_buffers.items():
                 value.copy_(stored[name])
-        if checkpoint.parent.resolve() == self.store.folder.resolve():
-            self.store.clean(state)
         logger.info("resumed %s at step %d of %d", checkpoint, self.step, self.total_steps)
 
     def _check_fits(self, checkpoint: Path, state: dict[str, Any]) -> None:

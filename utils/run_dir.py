@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.config import config_to_yaml
+from utils.config import config_to_dict, config_to_yaml
 from utils.io import atomic_write_json, atomic_write_text
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,20 @@ class RunDir:
         """One JSON object per line: `step`, `split` (train or val) and the figures."""
         return self.path / "metrics.jsonl"
 
-    def start(self, config: Any, facts: dict[str, Any], resumed_step: int) -> None:
-        """Write config and environment, forget figures after `resumed_step`, open the log and TensorBoard."""
+    def start(self, config: Any, facts: dict[str, Any], resumed_step: int | None) -> None:
+        """Write config and environment, forget figures after `resumed_step`, open the log and TensorBoard.
+
+        None as step only adds figures: what an earlier training wrote here stays as it is.
+        """
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self.path / "config.yaml", config_to_yaml(config))
-        atomic_write_json(self.path / "environment.json", {**environment(), **facts})
-        self._trim_metrics(resumed_step)
+        if resumed_step is not None:
+            if resumed_step:
+                self._tell_changes(config)
+            atomic_write_text(self.path / "config.yaml", config_to_yaml(config))
+            atomic_write_json(self.path / "environment.json", {**environment(), **facts})
+            self._trim_metrics(resumed_step)
         handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger().addHandler(handler)
@@ -54,7 +60,9 @@ class RunDir:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.path / "tb"), purge_step=resumed_step + 1)
+            self._writer = SummaryWriter(
+                str(self.path / "tb"), purge_step=None if resumed_step is None else resumed_step + 1
+            )
 
     def record(self, step: int, split: str, figures: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl` (a single write) and the figures to TensorBoard."""
@@ -81,6 +89,26 @@ class RunDir:
             logging.getLogger().removeHandler(handler)
             handler.close()
             self._log_handler = None
+
+    def _tell_changes(self, config: Any) -> None:
+        """Warn about settings that differ from those the run was begun with."""
+        import yaml
+
+        file = self.path / "config.yaml"
+        before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        now = config_to_dict(config)
+        harmless = (
+            "resume",
+            "auto_resume",
+            "local_rank",
+            "workers",
+            "prefetch_factor",
+            "progress",
+            "dry_run",
+        )
+        for name in now:
+            if name in before and before[name] != now[name] and name not in harmless:
+                logger.warning("--%s is %s now, the run was begun with %s", name, now[name], before[name])
 
     def _trim_metrics(self, last_step: int) -> None:
         """Drop lines beyond `last_step` (they are computed again) and a line cut short by a kill."""

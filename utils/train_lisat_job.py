@@ -65,7 +65,8 @@ def train(config: TrainLisatConfig) -> TrainResult | None:
     world = init_distributed(config.device)
     try:
         for name, value in preflight(setup, world).items():
-            logger.info("%s: %s", name, value)
+            if name not in ("training_images", "effective_batch", "optimiser_steps"):  # the engine says these
+                logger.info("%s: %s", name, value)
         engine = Engine(
             build_model(setup),
             config,

@@ -18,26 +18,27 @@ from utils.engine_config import EngineConfig
 class RunningScale(nn.Module):
     """A trained scale beside a running mean (a buffer that training changes)."""
 
-    def __init__(self) -> None:
+    def __init__(self, momentum: float) -> None:
         super().__init__()
+        self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(8))
         self.register_buffer("mean", torch.zeros(8))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.training:
-            self.mean.lerp_(hidden.detach().mean(0).to(self.mean.dtype), 0.1)
+            self.mean.lerp_(hidden.detach().mean(0).to(self.mean.dtype), self.momentum)
         return (hidden - self.mean.to(hidden.dtype)) * self.weight
 
 
 class ToyModel(nn.Module):
     """A frozen and a trained linear layer with dropout, a norm with running figures, and a decoder part."""
 
-    def __init__(self) -> None:
+    def __init__(self, noise: float) -> None:
         super().__init__()
         self.frozen = nn.Linear(6, 8).requires_grad_(False)
         self.body = nn.Linear(8, 8)
-        self.norm = RunningScale()
-        self.dropout = nn.Dropout(0.3)
+        self.norm = RunningScale(noise)
+        self.dropout = nn.Dropout(noise)
         self.decoder = nn.Linear(8, 1)
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
@@ -101,6 +102,7 @@ class ToyConfig(EngineConfig):
     progress: bool = False
     save_every_steps: int = 2
     lr_multipliers: str = "decoder=0.5"
+    noise: float = 0.3
 
 
 def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any:
@@ -113,7 +115,7 @@ def train_toy(config: ToyConfig, kill_at: int | None = None, **data: Any) -> Any
     world = init_distributed("cpu")
     operations = arm(checkpointing, kill_at)
     torch.manual_seed(5)
-    engine = Engine(ToyModel(), config, world, ToyData(**data), toy_collate, toy_validate)
+    engine = Engine(ToyModel(config.noise), config, world, ToyData(**data), toy_collate, toy_validate)
     result = engine.run()
     tensors = checkpointing.trainable_tensors(engine.ds.module)
     if world.is_main:
