@@ -157,7 +157,7 @@ class Generation(nn.Module):
         finally:
             self.train(training)
         return [
-            RowAnswer(row.ids + ids, ids, logits, logits > 0, scores, bool((logits > 0).any()), size)
+            RowAnswer(row.ids + ids, ids, logits, masks := logits > 0, scores, bool(masks.any()), size)
             for row, ids, (logits, scores), (_, size) in zip(rows, new, drawn, sizes, strict=True)
         ]
 

@@ -351,8 +351,9 @@ class Lisat(Generation):
         return self.sam.decode(embeddings, prompts[:, None].to(self.sam.device), image_index=index)
 
     def _idle(self, hidden: Tensor, images: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
-        trainable = any(p.requires_grad for p in self.sam.mask_decoder.parameters())
-        if not (torch.is_grad_enabled() and trainable):
+        if self.sam is None or not torch.is_grad_enabled():
+            return None
+        if not any(p.requires_grad for p in self.sam.mask_decoder.parameters()):
             return None
         prompts, side = self.prompts(hidden[:1, 0]), self.sam.config.grid_size
         if embeddings is not None:

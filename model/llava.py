@@ -12,6 +12,7 @@ every row the states it would have alone.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +38,16 @@ def build_projector(kind: str, mm_hidden_size: int, hidden_size: int) -> nn.Modu
 
 @dataclass
 class Row:
-    """One token row without its padding. `ids` may hold one image token; `image` is the index of the
-    image it stands for (kept also where the row has no image token: masks belong to that image).
-    `labels` align with `ids`. `pads` counts the pads that stood before the row."""
+    """One token row without its padding; not to be changed once made. `ids` may hold one image token;
+    `image` is the index of the image it stands for (kept also where the row has no image token: masks
+    belong to that image). `labels` align with `ids`. `pads` counts the pads that stood before the row."""
 
     ids: list[int]
     image: int
     labels: list[int] | None = None
     pads: int = 0
 
-    @property
+    @cached_property
     def image_at(self) -> int:
         """Raw index of the image token, -1 without."""
         return self.ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in self.ids else -1
@@ -96,7 +97,7 @@ def rows_to_images(offset: Tensor | Sequence[int] | None, num_rows: int) -> list
     """Image index of every row from cumulative counts [0, n_0, n_0+n_1, ...]."""
     if offset is None:
         return list(range(num_rows))
-    bounds = [int(x) for x in offset]
+    bounds = offset.tolist() if isinstance(offset, Tensor) else [int(x) for x in offset]
     if not bounds or bounds[0] != 0 or bounds[-1] != num_rows or sorted(bounds) != bounds:
         raise ValueError(f"offset {bounds} must rise from 0 to the number of token rows, {num_rows}")
     return [i for i in range(len(bounds) - 1) for _ in range(bounds[i + 1] - bounds[i])]

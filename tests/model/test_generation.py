@@ -161,6 +161,15 @@ def test_published_left_padding_differs() -> None:
     compat = ask(model, rows, compat_leftpad_mask=True)
     plain = ask(model, rows)
     assert compat[1].new_ids == plain[1].new_ids  # the longest row has no padding
+    forced = [tiny.row(4, "i", n, "s", "e", seed=0) for n in (1, 9)]
+    ids, mask = tiny.padded(forced, "left")
+    logits = []
+    for wrong in (True, False):
+        options = dict(attention_masks=mask, offset=[0, 2, 2], compat_leftpad_mask=wrong, max_new_tokens=0)
+        found = model.evaluate(**inputs(), input_ids=ids, sam_mask_shape_list=SIZES, **options)
+        logits.append([answer.mask_logits for answer in found])
+    torch.testing.assert_close(logits[0][1], logits[1][1], atol=1e-4, rtol=1e-4)
+    assert (logits[0][0] - logits[1][0]).abs().max() > 1e-3  # the shorter row saw its padding
     with pytest.raises(ValueError, match="compat_leftpad_mask"):
         ask(model, [5], compat_leftpad_mask=True)
 

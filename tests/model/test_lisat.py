@@ -177,6 +177,8 @@ def test_a_captioning_model_needs_no_sam() -> None:
     b = tiny.batch([tiny.row(*PREFIX, 6, "e")], [1])
     losses = model(input_ids=b["input_ids"], labels=b["labels"], images_clip=b["images_clip"])
     assert losses["loss"] == losses["ce_loss"] > 0
+    out = model(**b, inference=True)
+    assert [x.shape[0] for x in out["pred_masks"]] == [0] and out["scores"][0].shape == (0,)
 
 
 def test_resizing_the_vocabulary_keeps_old_rows() -> None:
