@@ -25,6 +25,8 @@ the thing is absent; with `answer` one per `[SEG]` of the answer, so none for a 
 PROMPTS: tuple[str, ...] = ("forced", "open", "answer")
 
 _LISTED_FAULTS = 20
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no picture, or one of more pixels than it takes (then: cut tiles)."""
 
 
 # ------------------------------------------------------------------------------------------------- faults
@@ -75,7 +77,7 @@ def picture_size(path: StrPath) -> tuple[int, int]:
             width, height = image.size
             tagged = image.format in ("JPEG", "MPO", "TIFF", "WEBP")  # elsewhere the look would decode it all
             turned = tagged and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise DataError(path, "", f"not a readable picture ({error})") from error
     return (width, height) if turned else (height, width)
 

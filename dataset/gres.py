@@ -213,8 +213,8 @@ def read_names(path: StrPath) -> list[str]:
     names = [Path(n).stem if Path(n).suffix.lower() in (".json", *PICTURE_ENDINGS) else n for n in names]
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
-        logger.info(
-            "%s names %d of %d entries more than once; each is used once", path, len(unique), len(names)
+        logger.warning(
+            "%s repeats %d of %d entries; each is used once", path, len(names) - len(unique), len(names)
         )
     return unique
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.base import DataError, Fault, picture_size
+from dataset.base import UNREADABLE, DataError, Fault, picture_size
 from dataset.generic import FILE_NAME, Picture, read_annotations
 from dataset.gres import (
     PICTURE_ENDINGS,
@@ -336,7 +336,7 @@ def _decode(path: Path, report: Report) -> None:
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         report.faults.append(Fault(str(path), "", f"picture cannot be decoded: {error}"))
 
 

@@ -220,8 +220,9 @@ def test_encodings() -> None:
         parse_annotation(b'{"a": "\x81\xff"}', "x.json")
 
 
-def test_list_files_name_each_entry_once(tmp_path: Path) -> None:
+def test_list_files_name_each_entry_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "l.txt").write_text("b\n\na.json\nb\nc.jpg\nv1.2")
     assert read_names(tmp_path / "l.txt") == ["b", "a", "c", "v1.2"]
+    assert "repeats 1 of 5 entries" in caplog.text
     with pytest.raises(ValueError, match="cannot be read"):
         read_names(tmp_path / "no.txt")

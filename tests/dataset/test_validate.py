@@ -18,6 +18,13 @@ def messages(report) -> str:
     return "\n".join(str(fault).replace(report.path, "") for fault in report.faults)
 
 
+def test_pictures_with_too_many_pixels_are_faults(gres_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = gres_folder({"large": gres_body("large.jpg")})
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    report = validate(root / "reason_seg/GeoReasonSeg")
+    assert "large.jpg: not a readable picture (Image size (480 pixels) exceeds limit" in messages(report)
+
+
 def test_gres_faults(gres_folder, capsys: pytest.CaptureFixture[str]) -> None:
     far = gres_body("far.jpg")
     far["shapes"][0]["points"] = square(100, 100)
