@@ -54,6 +54,19 @@ def test_dialogue_goes_on_after_an_error(checkpoint: Path, picture: Path, tmp_pa
     assert "missing.png" in texts[0] and texts[1].startswith("Q: Segment it.")
 
 
+def test_a_dialogue_encodes_a_picture_once(
+    checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model.sam import ImageEncoder
+
+    encoded, forward = [], ImageEncoder.forward
+    monkeypatch.setattr(ImageEncoder, "forward", lambda self, x: encoded.append(len(x)) or forward(self, x))
+    lines = iter(["Segment the ship.", "Segment the house.", ""])
+    asked = config(checkpoint, tmp_path, image=str(picture), score="iou")
+    assert len(list(run(asked, ask=lambda prompt: next(lines)))) == 2
+    assert encoded == [1]
+
+
 def test_the_mask_of_an_answer_is_shown(
     monkeypatch: pytest.MonkeyPatch, picture: Path, tmp_path: Path
 ) -> None:

@@ -77,8 +77,9 @@ def tiny_model(seed: int = 0, conv_type: str = "llava_v1") -> Lisat:
         llm, vision, SAM, out_dim=16, seg_token_id=tokenizer.seg_token_id, conv_type=conv_type
     )
     model = Lisat(config).eval()
-    for parameter in model.sam.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:  # large enough that words decide the mask
+            torch.nn.init.normal_(parameter, std=0.4 if name.startswith("sam.") else 0.25)
     return model
 
 

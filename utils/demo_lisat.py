@@ -30,6 +30,10 @@ class DemoConfig:
 
     pretrained_model_path: str = ""
     """Checkpoint folder; empty: the one shipped in checkpoints/lisat_tiny."""
+    vision_tower: str = ""
+    """Tower folder or OpenCLIP file of a published checkpoint; empty: where the checkpoint says."""
+    tower_activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Activation of a tower without config.json."""
     image: str = ""
     """Picture file, or an http(s) address (fetched only because it is given). Empty: asked for."""
     question: tuple[str, ...] = ()
@@ -42,6 +46,8 @@ class DemoConfig:
     """Side of the SAM input; 0: what the checkpoint says."""
     model_max_length: int = 512
     """Longest answer in tokens."""
+    score: Literal["foreground", "iou"] = "foreground"
+    """Score of a mask: its mean foreground probability, or SAM's own estimate of its IoU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format; auto: bf16 with an accelerator, fp32 without."""
     device: str = "auto"
@@ -69,16 +75,25 @@ def run(config: DemoConfig, ask: Callable[[str], str] = input) -> Iterator[str]:
     if config.conv_type and config.conv_type not in CONV:
         raise ValueError(f"--conv_type {config.conv_type} is unknown; choose one of {', '.join(CONV)}")
     device = config.device if ":" in config.device else choose_device(config.device)
-    model, tokenizer, processor = load_for_inference(folder, device, config.precision, config.image_size)
+    model, tokenizer, processor = load_for_inference(
+        folder,
+        device,
+        config.precision,
+        config.image_size,
+        vision_tower=config.vision_tower or None,
+        tower_activation=config.tower_activation or None,
+    )
     protocol = Protocol(
         "open",
         conv_type=config.conv_type or model.config.conv_type,
         max_new_tokens=config.model_max_length,
+        score=config.score,
     )
     demo = Demo(model, tokenizer, processor, protocol, config.vis_save_dir)
     if config.question and config.image:
         yield from (answer.text for answer in demo.answer(config.image, config.question))
         return
+    demo.remember_pictures()
     for question, image in _dialogue(config, ask):
         try:
             yield from (answer.text for answer in demo.answer(image, [question]))
@@ -133,6 +148,13 @@ class Demo:
     protocol: "Protocol"
     folder: StrPath
     _written: Counter = field(default_factory=Counter)
+    _prepare: Callable | None = None
+
+    def remember_pictures(self) -> None:
+        """Keep SAM's embeddings, so that later questions about a picture do not encode it again."""
+        from utils.embedding_cache import EmbeddingCache
+
+        self._prepare = EmbeddingCache(self.model.encode_images, "memory", "").replace
 
     def answer(self, image: str, questions: tuple[str, ...] | list[str]) -> list[Answer]:
         """Answer questions about one picture (a path or an http(s) address), which is encoded once.
@@ -150,7 +172,8 @@ class Demo:
         none = np.zeros((0, *rgb.shape[:2]), dtype=np.uint8)
         asked = [Conversation([(question, None)], none, query=question) for question in questions]
         dataset = [Sample(image, rgb, asked)]
-        (_, _, records) = next(predict(self.model, self.tokenizer, self.processor, dataset, self.protocol))
+        parts = self.model, self.tokenizer, self.processor
+        (_, _, records) = next(predict(*parts, dataset, self.protocol, prepare=self._prepare))
         answers = []
         for record in records:
             masks = [record["prediction"], *record.get("more_masks", ())]

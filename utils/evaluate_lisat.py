@@ -40,6 +40,10 @@ class EvalConfig:
     download: say what to fetch and where to put it."""
     pretrained_model_path: str = ""
     """Checkpoint folder. Empty: runs/lisat/hg_model if it is there, else checkpoints/lisat_tiny."""
+    vision_tower: str = ""
+    """Tower folder or OpenCLIP file of a published checkpoint; empty: where the checkpoint says."""
+    tower_activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Activation of a tower without config.json."""
     val_dataset: str = "GeoReasonSeg"
     """Data set as in training: NAME, NAME|SPLIT, generic:PATH or
     sem_seg_folder:PATH|FILES."""
@@ -68,6 +72,11 @@ class EvalConfig:
     conv_type: str = "auto"
     """Prompt template. auto: vicuna_v1 for the published protocol (GeoReasonSeg, forced), else the
     checkpoint's own."""
+    score: Literal["foreground", "iou"] = "foreground"
+    """Score of a mask: its mean foreground probability, or SAM's own estimate of its IoU."""
+    compat_leftpad_mask: bool = False
+    """Repeat a fault of the published evaluation: in a batch, shorter prompts see their padding. Published
+    batches hold five queries of one picture: --batch_size 1 --max_rows 5."""
     raster: Literal["official", "exact"] = "official"
     """How polygons become pixels: as published, or pixel-exact."""
     respect_ignore: bool = False
@@ -150,7 +159,14 @@ def inference(config: EvalConfig) -> str:
     from utils.predictions import PredictionWriter, merge_ranks, read_predictions
 
     rank, world_size, device = _place(config)
-    model, tokenizer, processor = load_for_inference(folder, device, config.precision, config.image_size)
+    model, tokenizer, processor = load_for_inference(
+        folder,
+        device,
+        config.precision,
+        config.image_size,
+        vision_tower=config.vision_tower or None,
+        tower_activation=config.tower_activation or None,
+    )
     protocol = choose_protocol(config, model.config.conv_type)
     templates = choose_templates(config, model.config.templates)
     dataset = open_dataset(config, protocol.eval_prompt, templates)
@@ -166,6 +182,8 @@ def inference(config: EvalConfig) -> str:
         "forced_answer": protocol.forced_answer if protocol.eval_prompt == "forced" else None,
         "conv_type": protocol.conv_type,
         "max_new_tokens": protocol.max_new_tokens if protocol.generates else None,
+        "score": protocol.score,
+        "compat_leftpad_mask": protocol.compat_leftpad_mask or None,
         "raster": config.raster,
         "respect_ignore": config.respect_ignore,
         "precision": str(model.dtype).removeprefix("torch."),
@@ -231,7 +249,14 @@ def choose_protocol(config: EvalConfig, checkpoint_conv_type: str) -> "Protocol"
     )
     if conv_type != checkpoint_conv_type:
         logger.info("the checkpoint was trained with template %s", checkpoint_conv_type)
-    return Protocol(eval_prompt, config.forced_answer, conv_type, config.max_new_tokens)
+    return Protocol(
+        eval_prompt,
+        config.forced_answer,
+        conv_type,
+        config.max_new_tokens,
+        config.score,
+        config.compat_leftpad_mask,
+    )
 
 
 def choose_templates(config: EvalConfig, checkpoint_templates: str) -> str:

@@ -143,7 +143,12 @@ def find_processor(folder: str, sam_size: int, vision_tower: str | None = None) 
     if (base / FILE_NAME).is_file():
         processor = ImageProcessor.from_pretrained(base)
         return ImageProcessor.from_dict({**processor.to_dict(), "sam_size": sam_size})
-    tower = resolve(vision_tower or read_layout(base).tower or "", near=[base], what="vision tower")
+    named = vision_tower or read_layout(base).tower
+    if not named:
+        raise ValueError(
+            f"{base} has no {FILE_NAME} and names no vision tower with image settings; copy that file there"
+        )
+    tower = resolve(named, near=[base], what="vision tower")
     if tower.is_file():
         return ImageProcessor(sam_size=sam_size)
     return ImageProcessor.from_clip_dir(tower, sam_size=sam_size)

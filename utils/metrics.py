@@ -270,6 +270,8 @@ class ValidationMeters:
             targets: (K, H, W) with 0, 1 and 255 = ignore, array or tensor. K = 0 adds nothing.
             image: name for error messages.
         """
+        if hasattr(mask_logits, "detach"):
+            mask_logits = mask_logits > 0  # compared where they are: a quarter of the bytes to fetch
         predictions, masks = _to_numpy(mask_logits) > 0, _to_numpy(targets)
         if len(predictions) != len(masks) and self.pair_mismatch == "error":
             raise ValueError(

@@ -1,10 +1,10 @@
-"""A checkpoint ready to answer; samples -> predictions, each picture encoded once for all its queries.
+"""A checkpoint ready to answer; samples -> predictions, each picture encoded once for (`max_rows`) queries.
 
 Used by the evaluation and the demo. B pictures, R queries (token rows), H/W pixels of a picture.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,14 @@ import numpy as np
 import torch
 
 from dataset.collate import collate
-from dataset.image import FILE_NAME as PROCESSOR_FILE
 from dataset.image import ImageProcessor
 from dataset.sample import Conversation, Sample
 from dataset.text import Tokenizer
 from model.checkpoint import load_lisat
 from model.generation import RowAnswer
-from model.layouts import read_layout
 from model.lisat import Lisat
-from utils.hub import resolve
 from utils.io import StrPath
+from utils.merge_lisat import find_processor
 from utils.metrics import IGNORE_VALUE
 from utils.predictions import query_record
 
@@ -41,7 +39,7 @@ def load_for_inference(
         device: where the model goes. precision: "fp32", "bf16", "fp16", or "auto": bf16 on an accelerator,
             fp32 on a CPU. Masks are upscaled in fp32 whatever the precision.
         image_size: side of the SAM input, checked against the checkpoint; 0 takes the checkpoint's.
-        options: see `model.checkpoint.Options`.
+        options: see `model.checkpoint.Options`; `vision_tower` matters for published folders only.
 
     Raises:
         ValueError: no such checkpoint, or its parts do not belong together.
@@ -59,11 +57,12 @@ def load_for_inference(
             f"{folder}: [SEG] has id {tokenizer.seg_token_id} in the tokenizer and {config.seg_token_id} in "
             "config.json; the tokenizer files belong to another checkpoint"
         )
-    if (folder / PROCESSOR_FILE).is_file():
-        processor = ImageProcessor.from_pretrained(folder)
-    else:
-        tower = resolve(str(read_layout(folder).tower or ""), near=[folder], what="vision tower")
-        processor = ImageProcessor.from_clip_dir(tower, sam_size=side)
+    if len(tokenizer) > config.llm["vocab_size"]:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.llm['vocab_size']}; "
+            "the tokenizer files belong to another checkpoint"
+        )
+    processor = find_processor(str(folder), side, options.get("vision_tower"))
     model.to(device).eval()
     logger.info("%s: %s on %s", folder, precision, device)
     return model, tokenizer, processor
@@ -75,13 +74,17 @@ class Protocol:
 
     `eval_prompt`: "forced" puts `forced_answer` into the prompt, "answer" keeps the answers that the samples
     carry; both read the masks from one pass over the prompt. "open" lets the model write its answer, at most
-    `max_new_tokens` long.
+    `max_new_tokens` long. `score` of a mask: "foreground" (mean foreground probability) or "iou" (SAM's own
+    estimate). `compat_leftpad_mask` repeats the published evaluation's fault: a row of a batch sees its
+    padding.
     """
 
     eval_prompt: str = "open"
     forced_answer: str = "[SEG]"
     conv_type: str = "llava_v1"
     max_new_tokens: int = 512
+    score: str = "foreground"
+    compat_leftpad_mask: bool = False
 
     @property
     def generates(self) -> bool:
@@ -183,6 +186,7 @@ def predict(
     batch_size: int = 4,
     max_rows: int = 64,
     workers: int = 0,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, Sample, list[dict[str, Any]]]]:
     """Predictions of a data set, picture by picture in the order of `indices`.
 
@@ -191,6 +195,7 @@ def predict(
         dataset: anything with len and [] that gives samples whose conversations carry their targets.
         indices: which samples; None means all.
         batch_size: pictures per call of the model. max_rows: queries per call. workers: loader processes.
+        prepare: changes a batch, for example `EmbeddingCache.replace`.
 
     Yields:
         (index, sample, QUERY records of `utils.predictions`), one per picture.
@@ -204,7 +209,7 @@ def predict(
     for work in loader:
         answers: dict[int, list[RowAnswer]] = {index: [] for index in work.samples}
         for pieces, batch in work.batches:
-            found = iter(answer_batch(model, batch, protocol))
+            found = iter(answer_batch(model, batch if prepare is None else prepare(batch), protocol))
             for piece in pieces:
                 answers[piece.index] += [next(found) for _ in piece.sample.conversations]
         for index, sample in work.samples.items():
@@ -213,17 +218,19 @@ def predict(
 
 @torch.inference_mode()
 def answer_batch(model: Lisat, batch: dict[str, Any], protocol: Protocol) -> list[RowAnswer]:
-    """The model's answers to the R rows of a left-padded batch of `collate`."""
-    parameter = next(model.llm.parameters())
-    images = {key: batch[key].to(parameter.device, parameter.dtype) for key in ("images", "images_clip")}
+    """The model's answers to the R rows of a left-padded batch of `collate` (tensors on the CPU; what the
+    model needs of them goes to its device). `image_embeddings` in the batch replace `images`."""
     return model.evaluate(
-        images["images_clip"],
-        images["images"],
-        batch["input_ids"].to(parameter.device),
+        batch["images_clip"],
+        batch.get("images"),
+        batch["input_ids"],
         batch["sam_mask_shape_list"],
         protocol.max_new_tokens if protocol.generates else 0,
         offset=batch["offset"],
-        attention_masks=batch["attention_masks"].to(parameter.device),
+        attention_masks=batch["attention_masks"],
+        image_embeddings=batch.get("image_embeddings"),
+        score=protocol.score,
+        compat_leftpad_mask=protocol.compat_leftpad_mask,
     )
 
 

@@ -16,7 +16,7 @@ from utils.predictions import decode_mask
 FOLDER = require_golden("lisat_model")
 CASES = json.loads((FOLDER / "cases.json").read_text())
 MISALIGNED = "eval_batch_leftpad"  # recorded with the published attention mask of left-padded batches
-NAMES = [name for name in CASES if name.startswith("eval_") and name != MISALIGNED]
+NAMES = [name for name in CASES if name.startswith("eval_")]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,10 @@ def test_published_case(name: str, parts: tuple) -> None:
     case, tensors = CASES[name], load_file(FOLDER / f"{name}.safetensors")
     forced = case["prompts"][0].endswith("[SEG]</s>")
     protocol = Protocol(
-        "forced" if forced else "open", conv_type=case["conv_type"], max_new_tokens=case["max_new_tokens"]
+        "forced" if forced else "open",
+        conv_type=case["conv_type"],
+        max_new_tokens=case["max_new_tokens"],
+        compat_leftpad_mask=name == MISALIGNED,
     )
     data = []
     for prompt, file in zip(case["prompts"], case["image_files"], strict=True):
@@ -43,7 +46,7 @@ def test_published_case(name: str, parts: tuple) -> None:
         question = prompt.partition("<im_end>\n")[2].partition(" ASSISTANT:")[0]
         none = np.zeros((0, *image.shape[:2]), np.uint8)
         data.append(Sample(file, image, [Conversation([(question, None)], none)]))
-    for index, _, (record,) in predict(*parts, data, protocol):
+    for index, _, (record,) in predict(*parts, data, protocol, batch_size=len(data)):
         mask = decode_mask(record["prediction"])
         assert (mask != tensors[f"out.mask_{index}"]).mean() <= 0.001
         assert record["pred_exists"] == case["object_presence"][index]

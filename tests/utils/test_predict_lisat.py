@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from dataset.sample import Conversation, Sample
 from tests.tiny_lisat import tiny_model, tiny_processor, tiny_tokenizer, write_checkpoint
@@ -30,7 +31,10 @@ def samples(count: int = 3) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def parts() -> tuple:
-    return tiny_model(), tiny_tokenizer(), tiny_processor()
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with torch.no_grad():
+        model.llm.lm_head.weight[tokenizer.seg_token_id] *= 3  # it writes [SEG] now and then
+    return model, tokenizer, tiny_processor()
 
 
 @pytest.mark.parametrize("prompt", ["forced", "answer", "open"])
@@ -39,6 +43,8 @@ def test_batching_changes_nothing(parts: tuple, prompt: str) -> None:
     data = samples()
     single = list(predict(*parts, data, protocol, batch_size=1, max_rows=1))
     assert [index for index, _, _ in single] == [0, 1, 2]
+    scores = [record["score"] for _, _, records in single for record in records]
+    assert len({round(score, 2) for score in scores if score}) > 3 and (None in scores) == (prompt == "open")
     for options in (dict(batch_size=3), dict(batch_size=2, max_rows=3), dict(batch_size=2, workers=1)):
         together = list(predict(*parts, data, protocol, **options))
         for (index, sample, records), (other, _, expected) in zip(together, single, strict=True):
@@ -61,6 +67,16 @@ def test_forced_always_has_a_mask_and_open_may_not(parts: tuple) -> None:
         if "[SEG]" not in record["generated"]:
             assert record["score"] is None and not record["pred_exists"]
             assert not decode_mask(record["prediction"]).any()
+
+
+def test_scores_of_the_iou_head_and_published_padding(parts: tuple) -> None:
+    def forced(**settings: object) -> list[dict]:
+        return next(predict(*parts, samples(1), Protocol("forced", **settings)))[2]
+
+    plain, by_head, compat = forced(), forced(score="iou"), forced(compat_leftpad_mask=True)
+    assert [r["prediction"] for r in plain] == [r["prediction"] for r in by_head]
+    assert [r["score"] for r in plain] != [r["score"] for r in by_head]
+    assert [r["score"] for r in plain] != [r["score"] for r in compat]
 
 
 def test_records_carry_the_targets(parts: tuple) -> None:
@@ -92,6 +108,14 @@ def test_load_for_inference(tmp_path, parts: tuple) -> None:
     assert found == want
     with pytest.raises(ValueError, match="--image_size 1024"):
         load_for_inference(folder, image_size=1024)
+    processor = (folder / "lisat_processor.json").rename(folder / "elsewhere.json")
+    with pytest.raises(ValueError, match="has no lisat_processor.json"):
+        load_for_inference(folder)
+    processor.rename(folder / "lisat_processor.json")
+    added = (folder / "added_tokens.json").read_text()
+    (folder / "added_tokens.json").write_text(added.replace("{", '{"<more>": 387,'))
+    with pytest.raises(ValueError, match="388 tokens, the model 387"):
+        load_for_inference(folder)
     (folder / "added_tokens.json").write_text('{"<im_start>": 384, "[SEG]": 385, "<im_end>": 386}')
     with pytest.raises(ValueError, match=r"\[SEG\] has id"):
         load_for_inference(folder)
