@@ -1,61 +1,27 @@
 """A LISAT of a few thousand weights with its tokenizer and processor, made on the spot for tests."""
 
-import io
-from functools import cache
 from pathlib import Path
 
-import sentencepiece
 import torch
 
 from dataset.image import ImageProcessor
-from dataset.text import CONV, Tokenizer
+from dataset.text import Tokenizer
 from model.checkpoint import add_lisat_tokens, save_lisat
 from model.lisat import Lisat, LisatConfig
-from model.sam import SamConfig
+from tests.model.tiny import SAM
+from tests.sentencepiece_model import train_sentencepiece
 
-SENTENCES = [
+SENTENCES = (
     "the red ship left of the white house",
     "Please segment the largest blue tank in this image.",
     "Where could a ship berth? There is no such thing here.",
     "Sure, it is here.",
-]
-SAM = SamConfig(
-    image_size=64,
-    patch_size=8,
-    embed_dim=16,
-    depth=2,
-    num_heads=2,
-    global_attn_indexes=(1,),
-    window_size=3,
-    prompt_embed_dim=16,
-    mask_in_chans=4,
-    decoder_heads=2,
-    decoder_mlp_dim=16,
-    iou_head_hidden_dim=16,
 )
-
-
-@cache
-def _sentencepiece() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((SENTENCES + [form.opening + form.ask for form in CONV.values()]) * 50),
-        model_writer=model,
-        vocab_size=384,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def tiny_tokenizer() -> Tokenizer:
     """A 384-piece byte-fallback tokenizer with `[SEG]`, `<im_start>`, `<im_end>`."""
-    tokenizer = Tokenizer(_sentencepiece())
+    tokenizer = Tokenizer(train_sentencepiece(SENTENCES, 384))
     add_lisat_tokens(tokenizer)
     return tokenizer
 

@@ -6,7 +6,7 @@ line, with any number of ranks. When all pictures are there, `merge_ranks` write
 `predictions_<dataset>.json`:
 
     {"format": "lisat-predictions", "version": 1,
-     "header": {"dataset", "n_images", "checkpoint", "eval_prompt": "forced" | "open", "conv_type",
+     "header": {"dataset", "n_images", "checkpoint", "eval_prompt": "forced" | "answer" | "open", "conv_type",
                 "raster": "official" | "exact", ...},          # whatever decides the numbers
      "images": [{"index": 0, "image": "path", "size": [H, W], "queries": [QUERY, ...]}, ...]}
 

@@ -1,6 +1,5 @@
 """Fixtures of the data tests: a small tokenizer trained on the spot, and writers of tiny data folders."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,34 +7,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import sentencepiece
 
-from dataset.text import CONV, IM_END, IM_START, SEG_TOKEN, Tokenizer
+from dataset.text import IM_END, IM_START, SEG_TOKEN, Tokenizer
+from tests.sentencepiece_model import train_sentencepiece
 
-SENTENCES = [
+SENTENCES = (
     "Where is the red ship? It lies left of the white house.",
     "Please segment the largest blue tank in this image. Sure, it is here.",
     "There is no such thing in the picture, nor in the next one.",
-]
+)
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> bytes:
     """Bytes of a 420-piece BPE model with byte fallback, as Llama's."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((SENTENCES + [form.opening + form.ask for form in CONV.values()]) * 50),
-        model_writer=model,
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_sentencepiece(SENTENCES, 420)
 
 
 @pytest.fixture
