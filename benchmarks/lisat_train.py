@@ -6,7 +6,6 @@ python benchmarks/lisat_train.py           about a minute of processor time; --t
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,14 +15,6 @@ from utils.config import parse_config  # noqa: E402
 
 OURS, PLAIN, SAM_ONCE = "ours", "straightforward", "straightforward, SAM once"
 TOLERANCE, TARGET = 1e-4, 2.5
-
-
-@dataclass
-class TrainBenchmarkConfig(BenchmarkConfig):
-    """Settings of the training benchmark."""
-
-    images: int = 2
-    """Pictures in the batch."""
 
 
 def run(config: BenchmarkConfig) -> Report:
@@ -83,7 +74,7 @@ def run(config: BenchmarkConfig) -> Report:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark and print its report; exit code 1 if the paths' results differ."""
-    report = run(parse_config(TrainBenchmarkConfig, argv, prog="lisat_train.py"))
+    report = run(parse_config(BenchmarkConfig, argv, prog="lisat_train.py"))
     print("\n".join(report.lines))
     sys.exit(0 if report.equal else 1)
 

@@ -3,9 +3,11 @@
 Shapes: B images, Q questions per image, R = B Q token rows, L padded row length, S padded SAM side, c
 pixels of the tower's input.
 
-The sizes keep the proportions of LISAt-7b: per question the language model's prompt costs about as much
-as SAM's encoder, the tower a thirtieth of it, the output matrix 2 % of the language model; 256 image
-features stand behind 36 tokens of system text, as with the real tokenizer.
+The sizes keep the proportions of LISAt-7b, because every part gains differently: the language model's
+pass over a prompt costs about as much as SAM's encoder, the tower a thirtieth of it, the output matrix
+1 to 2 % of the language model; 256 image features stand behind 36 tokens of system text, as with the
+real tokenizer. SAM's side is 512, since at 1024 the attention matrices of so narrow an encoder would weigh
+ten times what they weigh in ViT-H.
 """
 
 from collections.abc import Sequence
@@ -75,11 +77,11 @@ class Workload:
 
 def mid_size() -> LisatConfig:
     """The configuration that the reported figures are of."""
-    llm = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
-    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4}
+    llm = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 4}
     sam = SamConfig(
         image_size=512,
-        embed_dim=192,
+        embed_dim=256,
         depth=8,
         num_heads=4,
         global_attn_indexes=(7,),
