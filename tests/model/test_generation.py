@@ -181,9 +181,18 @@ def test_scores() -> None:
     assert mask_scores(logits[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32])
 @torch.no_grad()
-def test_bf16_answers_have_masks_of_full_size() -> None:
-    model = talkative().cast(torch.bfloat16, torch.float32)
-    answers = ask(model, ALL)
-    assert all(a.mask_logits.dtype == torch.float32 for a in answers)
-    assert all(torch.isfinite(a.mask_logits).all() for a in answers)
+def test_bf16_masks_are_those_of_fp32(mask_dtype: torch.dtype | None) -> None:
+    model = talkative()
+    rows = [a.output_ids for a in ask(model, ALL)]
+    ids, mask = tiny.padded(rows, "right")
+    options = dict(input_ids=ids, sam_mask_shape_list=SIZES, max_new_tokens=0, attention_masks=mask)
+    expected = model.evaluate(**inputs(), **options, offset=OFFSET)
+    found = model.cast(torch.bfloat16, mask_dtype).evaluate(**inputs(), **options, offset=OFFSET)
+    for a, b in zip(expected, found, strict=True):
+        assert b.mask_logits.dtype == b.scores.dtype == torch.float32
+        assert b.mask_logits.shape == (b.output_ids.count(tiny.SEG), *b.size)
+        for one, other in zip(a.mask_logits, b.mask_logits, strict=True):
+            assert ((one > 0) == (other > 0)).float().mean() > 0.9
+            assert torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1] > 0.97
