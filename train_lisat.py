@@ -1,5 +1,6 @@
 """Train LISAT: `python train_lisat.py --config lisat_tiny`, or under torchrun, deepspeed or srun."""
 
+import json
 import os
 import sys
 
@@ -12,11 +13,14 @@ def main() -> int:
     try:
         config = parse_config(TrainLisatConfig, prog="train_lisat.py")
         from utils.engine import NonFiniteLoss
-        from utils.train_lisat_job import train
+        from utils.train_lisat_job import dry_run, train
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     try:
+        if config.dry_run:
+            print(json.dumps(dry_run(config), indent=2, ensure_ascii=False))
+            return 0
         result = train(config)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -24,7 +28,7 @@ def main() -> int:
     except NonFiniteLoss as error:
         print(error, file=sys.stderr)
         return 1
-    if result is not None and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":
         state = "stopped" if result.interrupted else "done"
         print(f"{state} at step {result.step}; checkpoints in {result.run_dir / 'checkpoints'}")
     return 0

@@ -71,10 +71,15 @@ class CheckpointStore:
             fsync_path(self.folder)
             atomic_write_text(self.folder / "latest", final.name + "\n")
             if best:
-                atomic_write_text(self.folder / "best", final.name + "\n")
+                self.mark_best(step)
             self._prune(step)
         self.world.barrier()
         return final
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` at a step that stands already."""
+        if self.world.is_main:
+            atomic_write_text(self.folder / "best", f"step-{step}\n")
 
     def pointed(self, pointer: str) -> Path | None:
         """The folder that `latest` or `best` names; None if there is no such pointer."""
@@ -89,7 +94,7 @@ class CheckpointStore:
             atomic_write_text(self.folder / "latest", f"step-{state['step']}\n")
             best_step = state["best_step"]
             if best_step is not None and (self.folder / f"step-{best_step}").is_dir():
-                atomic_write_text(self.folder / "best", f"step-{best_step}\n")
+                self.mark_best(best_step)
         self.world.barrier()
 
     def begin(self) -> None:
@@ -196,8 +201,11 @@ def trainable_names(model: nn.Module) -> list[str]:
     return names + list(trained_buffers(model))
 
 
-def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained tensors in fp32 on the CPU by name; collective, under ZeRO the full fp32 master weights."""
+def trainable_tensors(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Trained tensors in fp32 on the CPU by name: under ZeRO the full fp32 master weights.
+
+    All processes must call it; those with `keep` False get an empty dict and hold one tensor at a time.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     tensors = {}
@@ -207,6 +215,8 @@ def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             if full is None and hasattr(parameter, "ds_id"):
                 full = safe_get_full_fp32_param(parameter)
             full = parameter.detach() if full is None else full
+            if not keep:
+                continue
             tensors[name] = full.detach().to("cpu", torch.float32).reshape(_full_shape(parameter)).clone()
     for name, buffer in trained_buffers(model).items():
         tensors[name] = buffer.detach().cpu().clone()

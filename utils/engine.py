@@ -108,6 +108,7 @@ class Engine:
         self.best_step: int | None = None
         self.figures: dict[str, float] = {}
         self._saved_step: int | None = None
+        self._owed = False
         self._stop = threading.Event()
         self._meter: dict[str, float] = {}
         self.ds = self._initialize(model)
@@ -185,12 +186,14 @@ class Engine:
         progress = Progress(self.total_steps, self.step, config.progress and self.world.is_main)
         self.ds.train()
         stop = False
+        if self._owed and self._validate():
+            self.store.mark_best(self.step)
         try:
             while self.step < self.total_steps and not stop:
                 stop = self._one_step(loader)
                 self.step += 1
                 progress.advance(self.step, self.plan.global_batch)
-                if self.step % config.print_freq == 0 or self.step == self.total_steps or stop:
+                if self.step % config.print_freq == 0 or self.step == self.total_steps:
                     self._log(progress)
                 with progress.pause():
                     self._checkpoint(stop)
@@ -276,6 +279,7 @@ class Engine:
         epoch_end = self.step % self.steps_per_epoch == 0
         every = config.eval_every_steps
         due = last or (self.step % every == 0 if every else epoch_end)
+        self._owed = due and stop  # there may be little time left: the resumed run validates
         better = self._validate() if due and not stop else False
         every = config.save_every_steps
         if stop or better or last or (self.step % every == 0 if every else epoch_end):
@@ -317,6 +321,7 @@ class Engine:
             "best_score": self.best_score,
             "best_step": self.best_step,
             "figures": self.figures,
+            "owed_validation": self._owed,
             "frozen": self.frozen_print,
             **self._identity(),
         }
@@ -326,7 +331,7 @@ class Engine:
 
     def _write(self, folder: Path) -> None:
         self.ds.save_checkpoint(str(folder), tag=f"global_step{self.step}", exclude_frozen_parameters=True)
-        tensors = trainable_tensors(self.ds.module)
+        tensors = trainable_tensors(self.ds.module, keep=self.world.is_main)
         if self.world.is_main:
             save_file(tensors, folder / WEIGHTS_FILE, metadata={"step": str(self.step)})
         buffers = {
@@ -361,7 +366,7 @@ class Engine:
         )
         self.step = self._saved_step = state["step"]
         self.best_score, self.best_step = state["best_score"], state["best_step"]
-        self.figures = state["figures"]
+        self.figures, self._owed = state["figures"], state["owed_validation"]
         own = read_rank_state(checkpoint, self.world.rank)
         if own is None:
             _seed_everything(self.config.seed + 7919 * self.world.rank + self.step)

@@ -1,6 +1,5 @@
 """LISAT training: opens data and base, checks everything that can be checked early, and runs the engine."""
 
-import json
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -47,21 +46,27 @@ class Setup:
     val_data: "Scorable | None"
 
 
-def train(config: TrainLisatConfig) -> TrainResult | None:
-    """Train as configured; None after `--dry_run`.
+def dry_run(config: TrainLisatConfig) -> dict[str, Any]:
+    """Check data, base and settings without reading weights; the facts of the run as JSON values.
+
+    Raises:
+        ConfigError: every fault found, together.
+    """
+    env = read_environment()
+    setup = open_setup(config)
+    world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+    return preflight(setup, world) | model_facts(setup) | environment()
+
+
+def train(config: TrainLisatConfig) -> TrainResult:
+    """Train as configured.
 
     Raises:
         ConfigError: faults of data, base or settings, all together, before weights are read.
         NonFiniteLoss: see Engine.run.
     """
-    env = read_environment()
-    setup_logging(env["RANK"] == "0")
+    setup_logging(read_environment()["RANK"] == "0")
     setup = open_setup(config)
-    if config.dry_run:
-        world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
-        facts = preflight(setup, world) | model_facts(setup) | environment()
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-        return None
     world = init_distributed(config.device)
     try:
         for name, value in preflight(setup, world).items():

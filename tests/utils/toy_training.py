@@ -48,10 +48,12 @@ class ToyModel(nn.Module):
 
 
 class ToyData:
-    """Items drawn from (seed, epoch, index); item `poison` is not a number, draw number `deadly` kills."""
+    """Items drawn from (seed, epoch, index); `poison` is not a number, draw `deadly` sends a signal."""
 
-    def __init__(self, length: int = 20, poison: int | None = None, deadly: int | None = None) -> None:
-        self.length, self.poison, self.deadly, self.drawn = length, poison, deadly, 0
+    def __init__(
+        self, poison: int | None = None, deadly: int | None = None, number: int = signal.SIGKILL
+    ) -> None:
+        self.length, self.poison, self.deadly, self.number, self.drawn = 20, poison, deadly, number, 0
 
     def __len__(self) -> int:
         return self.length
@@ -60,7 +62,7 @@ class ToyData:
         """An input (6,) whose first entry says whether it is large."""
         self.drawn += 1
         if self.drawn == self.deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
         values = np.random.default_rng([seed, epoch, index]).normal(size=6).astype("float32")
         if index == self.poison:
             values[0] = np.nan
