@@ -18,7 +18,7 @@ from utils.io import StrPath, atomic_dir, atomic_write_json, atomic_write_text, 
 
 from .assembly import stored_dtype
 from .key_maps import SEG_PARTS, published_key
-from .layouts import BASE_TYPE, FORMAT_VERSION, OWN_TYPE, SAM_FIELD
+from .layouts import ASKING_FIELDS, BASE_TYPE, FORMAT_VERSION, OWN_TYPE, SAM_FIELD
 from .model_card import model_card, parameter_counts
 from .tower_files import save_tower_folder
 from .weight_files import write_shards
@@ -165,6 +165,7 @@ def published_config(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dic
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": True,
         "pretrain_mm_mlp_adapter": None,
+        **{name: getattr(config, name) for name in ASKING_FIELDS},
     }
     if masks:
         fields |= {

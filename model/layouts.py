@@ -27,6 +27,8 @@ OWN_TYPE = "lisat"
 """`model_type` in our config.json of a whole LISAT."""
 BASE_TYPE = "lisat_base"
 """`model_type` in our config.json of tower + projector + LLM without segmentation modules."""
+ASKING_FIELDS = ("conv_type", "templates")
+"""our extra fields in a published-layout config.json: how the model was asked in training"""
 SAM_FIELD = "sam_config"
 """our extra field in a published-layout config.json: SAM's sizes, which shapes do not tell completely"""
 CLIP_HEAD_WIDTH = 64
@@ -108,6 +110,7 @@ def read_layout(folder: StrPath) -> Layout:
         "mm_use_im_start_end": bool(raw.get("mm_use_im_start_end", whole)),
     }
     fields["llm"] |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    fields |= {name: raw[name] for name in ASKING_FIELDS if name in raw}
     if whole:
         fields |= {"out_dim": raw.get("out_dim", 256), "seg_token_id": _added_token(folder, "[SEG]")}
         if fields["seg_token_id"] is None:

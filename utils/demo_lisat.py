@@ -41,7 +41,7 @@ class DemoConfig:
     vis_save_dir: str = "./demo_output"
     """Results go into a folder per picture below this one."""
     conv_type: str = ""
-    """Prompt template; empty: the one the checkpoint was trained with (the published demo ran vicuna_v1)."""
+    """Prompt template; empty: the checkpoint's own (vicuna_v1 for one that does not say, as published)."""
     image_size: int = 0
     """Side of the SAM input; 0: what the checkpoint says."""
     model_max_length: int = 512

@@ -71,7 +71,7 @@ class EvalConfig:
     """The answer put into forced prompts."""
     conv_type: str = "auto"
     """Prompt template. auto: vicuna_v1 for the published protocol (GeoReasonSeg, forced), else the
-    checkpoint's own."""
+    checkpoint's own (vicuna_v1 for one that does not say, as in the published programs)."""
     score: Literal["foreground", "iou"] = "foreground"
     """Score of a mask: its mean foreground probability, or SAM's own estimate of its IoU."""
     compat_leftpad_mask: bool = False
@@ -248,7 +248,7 @@ def choose_protocol(config: EvalConfig, checkpoint_conv_type: str) -> "Protocol"
         "protocol: prompt %s, conversation template %s, raster %s", eval_prompt, conv_type, config.raster
     )
     if conv_type != checkpoint_conv_type:
-        logger.info("the checkpoint was trained with template %s", checkpoint_conv_type)
+        logger.info("the checkpoint's own template is %s", checkpoint_conv_type)
     return Protocol(
         eval_prompt,
         config.forced_answer,

@@ -18,6 +18,7 @@ from dataset.sample import Conversation, Sample
 from dataset.text import Tokenizer
 from model.checkpoint import load_lisat
 from model.generation import RowAnswer
+from model.layouts import read_layout
 from model.lisat import Lisat
 from utils.io import StrPath
 from utils.merge_lisat import find_processor
@@ -27,6 +28,8 @@ from utils.predictions import query_record
 logger = logging.getLogger(__name__)
 
 
+PUBLISHED_CONV_TYPE = "vicuna_v1"
+"""Template of the published evaluation, demo and captioning programs (their training uses `llava_v1`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +66,12 @@ def load_for_inference(
             "the tokenizer files belong to another checkpoint"
         )
     processor = find_processor(str(folder), side, options.get("vision_tower"))
+    layout = read_layout(folder)
+    if layout.published and "conv_type" not in layout.fields:
+        config.conv_type = PUBLISHED_CONV_TYPE
+        logger.info(
+            "%s does not say how it was asked; the published programs ask with %s", folder, config.conv_type
+        )
     model.to(device).eval()
     logger.info("%s: %s on %s", folder, precision, device)
     return model, tokenizer, processor

@@ -1,12 +1,14 @@
 """Predictions do not depend on batching, splitting or loader processes, and say what the model said."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 
 from dataset.sample import Conversation, Sample
+from model.checkpoint import save_lisat
 from tests.tiny_lisat import tiny_model, tiny_processor, tiny_tokenizer, write_checkpoint
 from utils.predict_lisat import Protocol, load_for_inference, predict, target_of
 from utils.predictions import decode_mask, target_mask
@@ -119,3 +121,17 @@ def test_load_for_inference(tmp_path, parts: tuple) -> None:
     (folder / "added_tokens.json").write_text('{"<im_start>": 384, "[SEG]": 385, "<im_end>": 386}')
     with pytest.raises(ValueError, match=r"\[SEG\] has id"):
         load_for_inference(folder)
+
+
+def test_published_checkpoints_are_asked_as_the_published_programs_ask(tmp_path) -> None:
+    model = tiny_model(conv_type="llava_llama_2")
+    model.config.templates = "tiny"
+    folder = save_lisat(model, tmp_path / "model", tokenizer=tiny_tokenizer(), layout="published")
+    sizes = {"sam": model.config.sam}
+    config = load_for_inference(folder, **sizes)[0].config
+    assert (config.conv_type, config.templates) == ("llava_llama_2", "tiny")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["conv_type"], settings["templates"]  # as in the release
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = load_for_inference(folder, **sizes)[0].config
+    assert (config.conv_type, config.templates) == ("vicuna_v1", "default")
