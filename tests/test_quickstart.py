@@ -1,4 +1,4 @@
-"""The quickstart script from end to end, with few scenes and steps, in a folder that looks like a fresh clone."""
+"""The quickstart script end to end, with few scenes and steps, in a folder that looks like a fresh clone."""
 
 import os
 import subprocess
