@@ -198,3 +198,5 @@ def train_sam(
         if on_save and step % 500 == 499:
             on_save(step)
         step += 1
+    if on_save:
+        on_save(step)
