@@ -27,7 +27,7 @@ class KillConfig:
 
     kills: int = 5
     """Times the training is killed."""
-    steps: int = 14
+    steps: int = 40
     """Optimiser steps of the run."""
     seed: int = 0
     """Of the moments."""
@@ -42,7 +42,16 @@ def command(folder: Path, name: str, config: KillConfig) -> list[str]:
         *("--version", str(REPO / "checkpoints/lisat_tiny_base/llava")),
         *("--vision_pretrained", str(REPO / "checkpoints/lisat_tiny_base/sam.safetensors")),
         *("--dataset_dir", str(folder / "data"), "--log_base_dir", str(folder), "--exp_name", name),
-        *("--epochs", "1", "--steps_per_epoch", str(config.steps), "--save_every_steps", "2"),
+        *(
+            "--epochs",
+            "1",
+            "--steps_per_epoch",
+            str(config.steps),
+            "--save_every_steps",
+            "2",
+            "--print_freq",
+            "1",
+        ),
         *("--batch_size", "2", "--global_batch_size", "2", "--lora_dropout", "0.1"),
         f"--cache_image_embeddings={config.cache}",
     ]
@@ -60,16 +69,20 @@ def killed_run(folder: Path, config: KillConfig) -> int:
             if process.wait():
                 raise RuntimeError("the resumed run failed")
             return hits
-        size = newest.stat().st_size if newest.exists() else 0
-        while process.poll() is None and (not newest.exists() or newest.stat().st_size == size):
-            time.sleep(0.05)  # the run is at work once it has written figures
-        time.sleep(draw.uniform(0, 1.5))
+        lines = _lines(newest) + draw.randint(1, max(1, config.steps // (config.kills + 2)))
+        while process.poll() is None and _lines(newest) < lines:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.5))
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             hits += 1
         process.wait()
         if process.returncode == 0:
             return hits
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
     different = [key for key in ends[0] if not ends[0][key].equal(ends[1][key])]
     print(f"{hits} kills, {len(ends[0])} tensors, {len(different)} differ {different[:3]}")
-    return int(bool(different) or ends[0].keys() != ends[1].keys())
+    return int(bool(different) or ends[0].keys() != ends[1].keys() or hits < config.kills)
 
 
 if __name__ == "__main__":
