@@ -27,7 +27,7 @@ bash merge_lora_weight.sh "$out/lisat" "$out/lisat/hg_model"
 
 say "4/5 Evaluating on $tests scenes it has never seen"
 "$PYTHON_VENV" eval_lisat.py --cmd inference --pretrained_model_path "$out/lisat/hg_model" \
-    --dataset_dir "$out/data" --val_dataset "synthetic|test" --templates tiny --shuffle_questions --restart \
+    --dataset_dir "$out/data" --val_dataset "synthetic|test" --shuffle_questions --restart \
     --vis_save_path "$out/eval"
 
 say "5/5 Asking three questions about a new scene"
