@@ -54,6 +54,8 @@ _EXTREMES: dict[str, tuple[int, int]] = {
     "bottommost": (1, 1),
 }
 POSITION_MARGIN = 0.07  # of the scene size: by how much an extreme must beat the runner-up
+EXTREMES = (*_EXTREMES, "largest", "smallest")
+RELATIONS = (*_SIDES, "nearest to", "farthest from")
 SIZE_RATIO = 1.4  # by how much the largest (smallest) area must beat the runner-up
 DISTANCE_RATIO = 1.35  # by how much the nearest (farthest) must beat the runner-up
 
@@ -89,6 +91,18 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a question names, apart from its wording; "" where it does not. `relation` is to the anchor."""
+
+    kind: str = ""
+    colour: str = ""
+    extreme: str = ""
+    relation: str = ""
+    anchor_kind: str = ""
+    anchor_colour: str = ""
+
+
+@dataclass(frozen=True)
 class Query:
     """One question. `phrase` is a noun phrase ("the red ship") or, for implicit ones, a whole sentence;
     `targets` are indices into the scene's objects, empty when the thing asked for is not there."""
@@ -96,6 +110,7 @@ class Query:
     phrase: str
     kind: str
     targets: tuple[int, ...]
+    terms: Terms = Terms()
 
     @property
     def is_sentence(self) -> bool:
@@ -253,6 +268,16 @@ def _describe(scene: Scene, index: int, rng: np.random.Generator) -> str | None:
     return None
 
 
+def _named(phrase: str) -> Terms:
+    """Terms of "ship" or "red ship"."""
+    *colour, kind = phrase.split()
+    return Terms(kind, *colour)
+
+
+def _kind_of(noun: str) -> str:
+    return "" if noun == "object" else noun
+
+
 def _groups(scene: Scene, least: int) -> list[tuple[str, list[int]]]:
     """(noun, member indices) of every kind with at least `least` members, and ("object", all)."""
     groups = [(k, [i for i, o in enumerate(scene.objects) if o.kind == k]) for k in KINDS]
@@ -262,20 +287,21 @@ def _groups(scene: Scene, least: int) -> list[tuple[str, list[int]]]:
 def _ask_attribute(scene: Scene, rng: np.random.Generator) -> Query | None:
     index = int(rng.integers(len(scene.objects)))
     phrase = _describe(scene, index, rng)
-    return Query(f"the {phrase}", "attribute", (index,)) if phrase else None
+    return Query(f"the {phrase}", "attribute", (index,), _named(phrase)) if phrase else None
 
 
 def _ask_all(scene: Scene, rng: np.random.Generator) -> Query | None:
     if rng.random() < 0.5:
         kind = str(rng.choice([o.kind for o in scene.objects]))
-        phrase, members = f"all {kind}s", [i for i, o in enumerate(scene.objects) if o.kind == kind]
+        phrase, terms = f"all {kind}s", Terms(kind)
+        members = [i for i, o in enumerate(scene.objects) if o.kind == kind]
     else:
         colour = str(rng.choice([o.colour for o in scene.objects]))
-        phrase = f"all {colour} objects"
+        phrase, terms = f"all {colour} objects", Terms(colour=colour)
         members = [i for i, o in enumerate(scene.objects) if o.colour == colour]
     if not 2 <= len(members) < len(scene.objects):
         return None
-    return Query(phrase, "all", tuple(members))
+    return Query(phrase, "all", tuple(members), terms)
 
 
 def _best(values: list[float], ratio: float | None, margin: float | None) -> int | None:
@@ -293,7 +319,9 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> Query | None:
     axis, sign = _EXTREMES[word]
     values = [-sign * (scene.objects[i].y if axis else scene.objects[i].x) for i in members]
     best = _best(values, None, POSITION_MARGIN * scene.size)
-    return None if best is None else Query(f"the {word} {noun}", "position", (members[best],))
+    if best is None:
+        return None
+    return Query(f"the {word} {noun}", "position", (members[best],), Terms(_kind_of(noun), extreme=word))
 
 
 def _ask_size(scene: Scene, rng: np.random.Generator) -> Query | None:
@@ -302,7 +330,9 @@ def _ask_size(scene: Scene, rng: np.random.Generator) -> Query | None:
     word = str(rng.choice(["largest", "smallest"]))
     areas = [float(scene.objects[i].area) for i in members]
     best = _best([1 / a for a in areas] if word == "largest" else areas, SIZE_RATIO, None)
-    return None if best is None else Query(f"the {word} {noun}", "size", (members[best],))
+    if best is None:
+        return None
+    return Query(f"the {word} {noun}", "size", (members[best],), Terms(_kind_of(noun), extreme=word))
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> Query | None:
@@ -331,13 +361,15 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> Query | None:
         if len(on_side) != 1 or unclear:
             return None
         best = on_side[0]
-    return Query(f"the {noun} {word} the {name}", "relation", (members[best],))
+    anchored = _named(name)
+    terms = Terms(_kind_of(noun), "", "", word, anchored.kind, anchored.colour)
+    return Query(f"the {noun} {word} the {name}", "relation", (members[best],), terms)
 
 
 def _ask_implicit(scene: Scene, rng: np.random.Generator) -> Query | None:
     kind = str(rng.choice([o.kind for o in scene.objects]))
     members = tuple(i for i, o in enumerate(scene.objects) if o.kind == kind)
-    return Query(str(rng.choice(PURPOSES[kind])), "implicit", members)
+    return Query(str(rng.choice(PURPOSES[kind])), "implicit", members, Terms(kind))
 
 
 def _ask_nothing(scene: Scene, rng: np.random.Generator) -> Query | None:
@@ -350,14 +382,15 @@ def _ask_nothing(scene: Scene, rng: np.random.Generator) -> Query | None:
         if not mixed:
             return None
         kind, colour = mixed[rng.integers(len(mixed))]
-        return Query(f"the {colour} {kind}", "nothing", ())
+        return Query(f"the {colour} {kind}", "nothing", (), Terms(kind, colour))
     absent = [k for k in KINDS if k not in kinds]
     kind = str(rng.choice(absent))
     if draw < 0.7:
-        return Query(str(rng.choice(PURPOSES[kind])), "nothing", ())
+        return Query(str(rng.choice(PURPOSES[kind])), "nothing", (), Terms(kind))
     if draw < 0.85:
-        return Query(f"the {kind}", "nothing", ())
-    return Query(f"the {rng.choice(list(COLOURS))} {kind}", "nothing", ())
+        return Query(f"the {kind}", "nothing", (), Terms(kind))
+    colour = str(rng.choice(list(COLOURS)))
+    return Query(f"the {colour} {kind}", "nothing", (), Terms(kind, colour))
 
 
 _ASKERS: dict[str, Callable[[Scene, np.random.Generator], Query | None]] = {

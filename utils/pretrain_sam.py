@@ -1,8 +1,9 @@
 """How the tiny promptable SAM was made: points, boxes, masks and descriptions of objects of synthetic scenes.
 
-Geometric prompts go through SAM's own prompt encoder. Descriptions ("red", "ship", "at 5 11" or any mixture
-of them) are sums of word vectors that live only here: they stand in for the semantics that the real SAM's
-features owe to scale, and are thrown away afterwards.
+Geometric prompts go through SAM's own prompt encoder. Descriptions (kind, colour, "leftmost", "nearest to"
+and its anchor, "at 5 11" or any mixture) are sums of word vectors that live only here: they stand in for the
+semantics that the real SAM's features owe to scale, and are thrown away afterwards. So is a linear reading
+of kind, colour and place from every cell of the embedding; without it kinds were told apart by colour alone.
 
 Shapes: B images, M prompts over all images, C prompt width, G low-resolution side of the mask logits.
 """
@@ -17,25 +18,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset.synthetic import COLOURS, KINDS, Scene
-from dataset.synthetic_qa import GRID, ScenePool, grid_position
+from dataset.synthetic import COLOURS, EXTREMES, KINDS, RELATIONS, Scene, Terms, ask
+from dataset.synthetic_qa import GRID, ScenePool, grid_position, patch_targets
 from model.sam import Sam
-from utils.pretrain_llava import cosine_rate
+from utils.pretrain_llava import PatchTeacher, cosine_rate
 
 log = logging.getLogger(__name__)
-NO_WORD = 0
+VOCABULARY: dict[str, tuple[str, ...]] = {
+    "kind": KINDS,
+    "colour": tuple(COLOURS),
+    "extreme": EXTREMES,
+    "relation": RELATIONS,
+    "anchor_kind": KINDS,
+    "anchor_colour": tuple(COLOURS),
+}
 
 
 class Words(nn.Module):
-    """Learned vectors for kind, colour, column and row words; a description is their sum."""
+    """Learned vectors for every field of `Terms`, grid column and grid row; a description is their sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        sizes = (len(KINDS) + 1, len(COLOURS) + 1, GRID + 1, GRID + 1)
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        sizes = (*(len(names) for names in VOCABULARY.values()), GRID, GRID)
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, width) for size in sizes)
 
     def forward(self, words: Tensor) -> Tensor:
-        """words (M, 4) long, 0 where a word is missing -> one sparse prompt each, (M, 1, C)."""
+        """words (M, 8) long, 0 where a word is missing -> one sparse prompt each, (M, 1, C)."""
         return sum(table(words[:, i]) for i, table in enumerate(self.tables))[:, None]
 
 
@@ -46,7 +54,7 @@ class Prompts:
     coords: Tensor  # (Mg, 3, 2) x, y pixels
     labels: Tensor  # (Mg, 3): 1 inside, 0 outside, 2 and 3 box corners, -1 nothing
     dense: Tensor  # (Mg,) bool: give the rough mask as well
-    words: Tensor  # (Mw, 4)
+    words: Tensor  # (Mw, 8)
     image: Tensor  # (Mg + Mw,) index of the image
     target: Tensor  # (Mg + Mw, G, G) share of each low-resolution cell that is inside
 
@@ -72,27 +80,34 @@ def _points(scene: Scene, index: int, rng: np.random.Generator) -> tuple[np.ndar
     return coords, labels
 
 
-def _describe(scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """A description as four word ids and the objects it is true of."""
-    index = int(rng.integers(len(scene.objects)))
-    thing = scene.objects[index]
-    kind, colour = list(KINDS).index(thing.kind) + 1, list(COLOURS).index(thing.colour) + 1
-    column, row = (value + 1 for value in grid_position(thing, scene.size))
-    draw = rng.random()
-    if draw < 0.55:  # a place, with or without what is there
-        named = rng.random(2) < 0.5
-        return [kind * int(named[0]), colour * int(named[1]), column, row], [index]
-    words = [kind, colour, NO_WORD, NO_WORD]
-    if draw < 0.7:
-        words[0] = NO_WORD
-    elif draw < 0.85:
-        words[1] = NO_WORD
-    same = [
-        i
-        for i, other in enumerate(scene.objects)
-        if (not words[0] or other.kind == thing.kind) and (not words[1] or other.colour == thing.colour)
-    ]
-    return words, same
+def _word_ids(terms: Terms, cell: tuple[int, int] | None) -> list[int]:
+    """Eight word ids, 0 for what is not said."""
+    ids = [(*names, "").index(getattr(terms, field)) for field, names in VOCABULARY.items()]
+    ids = [(i + 1) % (len(names) + 1) for i, names in zip(ids, VOCABULARY.values())]
+    return [*ids, *((0, 0) if cell is None else (cell[0] + 1, cell[1] + 1))]
+
+
+def _describe(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[list[int], tuple[int, ...]]]:
+    """`count` descriptions as word ids, and the objects each is true of (none for things not there).
+
+    Two thirds are what a question names; the rest are places, with or without what is there.
+    """
+    queries = ask(scene, rng, count)
+    described = []
+    for number in range(count):
+        if number < len(queries) and rng.random() < 0.67:
+            query = queries[number]
+            cell = None
+            if len(query.targets) == 1 and rng.random() < 0.3:
+                cell = grid_position(scene.objects[query.targets[0]], scene.size)
+            described.append((_word_ids(query.terms, cell), query.targets))
+            continue
+        index = int(rng.integers(len(scene.objects)))
+        thing = scene.objects[index]
+        named = rng.random(2) < 0.4
+        terms = Terms(thing.kind if named[0] else "", thing.colour if named[1] else "")
+        described.append((_word_ids(terms, grid_position(thing, scene.size)), (index,)))
+    return described
 
 
 def draw_prompts(
@@ -109,11 +124,10 @@ def draw_prompts(
             image.append(number)
             masks.append(scene.objects[index].mask)
     for number, scene in enumerate(scenes):
-        for _ in range(described):
-            word, members = _describe(scene, rng)
+        for word, members in _describe(scene, rng, described):
             words.append(word)
             image.append(number)
-            masks.append(np.bitwise_or.reduce([scene.objects[i].mask for i in members]))
+            masks.append(sum((scene.objects[i].mask for i in members), np.zeros_like(scene.objects[0].mask)))
     stacked = torch.from_numpy(np.stack(masks)).float()
     return Prompts(
         torch.from_numpy(np.stack(coords)),
@@ -134,9 +148,8 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     return 2 * bce + 3 * dice.mean()
 
 
-def sam_logits(sam: Sam, words: Words, images: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """Logits (M, G, G) and IoU guesses (M,) of all prompts over images (B, 3, S, S)."""
-    embeddings = sam.encode(images)
+def sam_logits(sam: Sam, words: Words, embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Logits (M, G, G) and IoU guesses (M,) of all prompts over image embeddings (B, C, G / 4, G / 4)."""
     split = len(prompts.coords)
     sparse = sam.prompt_encoder.sparse(prompts.coords, prompts.labels)
     rough = F.max_pool2d(prompts.target[:split, None], 5, 1, 2) * 12 - 6
@@ -148,28 +161,33 @@ def sam_logits(sam: Sam, words: Words, images: Tensor, prompts: Prompts) -> tupl
 
 
 def soft_iou(logits: Tensor, target: Tensor) -> Tensor:
-    """IoU of thresholded logits and targets per prompt, (M,)."""
+    """IoU of thresholded logits and targets per prompt, (M,); 1 where both are empty."""
     shown, wanted = (logits > 0).flatten(1), (target > 0.5).flatten(1)
-    return (shown & wanted).sum(1) / (shown | wanted).sum(1).clamp_min(1)
+    union = (shown | wanted).sum(1)
+    return torch.where(union > 0, (shown & wanted).sum(1) / union.clamp_min(1), 1.0)
 
 
 def train_sam(
     sam: Sam,
     words: Words,
+    teacher: PatchTeacher,
     pool: ScenePool,
     processor,
     *,
     seconds: float,
     batch: int = 8,
-    geometric: int = 3,
-    described: int = 5,
+    geometric: int = 2,
+    described: int = 6,
     rate: float = 1e-3,
     seed: int = 3,
     on_save: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW on `mask_loss` plus the error of the IoU head, cosine decay over `seconds` of wall time."""
+    """AdamW on `mask_loss`, the error of the IoU head and half the teacher's loss on the embedding's cells.
+
+    The rate warms up over 100 steps and decays by a cosine over `seconds` of wall time.
+    """
     rng = np.random.default_rng(seed)
-    parameters = [*sam.parameters(), *words.parameters()]
+    parameters = [*sam.parameters(), *words.parameters(), *teacher.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     started, step, means = time.monotonic(), 0, {}
     while (progress := (time.monotonic() - started) / seconds) < 1:
@@ -177,11 +195,14 @@ def train_sam(
         scenes = [pool.draw(rng) for _ in range(batch)]
         images = torch.stack([processor.sam(scene.image)[0] for scene in scenes])
         prompts = draw_prompts(scenes, rng, geometric, described, sam.config.low_res_size)
-        logits, guesses = sam_logits(sam, words, images, prompts)
+        cells = torch.from_numpy(np.stack([patch_targets(s, sam.config.patch_size) for s in scenes]))
+        embeddings = sam.encode(images)
+        seen = teacher(embeddings.flatten(2).transpose(1, 2), cells)
+        logits, guesses = sam_logits(sam, words, embeddings, prompts)
         overlap = soft_iou(logits.detach(), prompts.target)
         loss = mask_loss(logits, prompts.target)
         optimizer.zero_grad(set_to_none=True)
-        (loss + F.mse_loss(guesses, overlap)).backward()
+        (loss + F.mse_loss(guesses, overlap) + 0.5 * seen).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         split = len(prompts.coords)
@@ -189,6 +210,7 @@ def train_sam(
             "loss": loss.item(),
             "clicks": overlap[:split].mean().item(),
             "words": overlap[split:].mean().item(),
+            "cells": seen.item(),
         }
         for name, value in figures.items():
             means[name] = 0.98 * means.get(name, value) + 0.02 * value
