@@ -100,6 +100,9 @@ class ReadOptions:
         the format's default (GRES-like: False, as published; others: True).
     strict: an unusable file stops the reader instead of being skipped.
     absent_rate: share of training questions about something that is not there, where the format draws them.
+    confirm_absent: share of the training questions about something absent that are answered with `[SEG]` and an
+        empty mask instead of a denial: the language model then says no only where it is sure, and the mask
+        decoder learns to show nothing (formats with questions of their own).
     keep_empty: evaluation keeps GRES-like files without any target, as questions whose answer is "nothing".
     all_texts: evaluation asks every text of a GRES-like file instead of the first.
     list_file: names of the files of a split (one per line).
@@ -117,6 +120,7 @@ class ReadOptions:
     respect_ignore: bool | None = None
     strict: bool = False
     absent_rate: float = 0.15
+    confirm_absent: float = 0.0
     keep_empty: bool = False
     all_texts: bool = False
     list_file: str | None = None
@@ -128,10 +132,9 @@ class ReadOptions:
             faults.append(f"num_per_image must be at least 1, found {self.num_per_image}")
         if self.prompt not in PROMPTS:
             faults.append(f"prompt {self.prompt!r} is none of {', '.join(PROMPTS)}")
-        if not 0 <= self.absent_rate <= 1:
-            faults.append(f"absent_rate must be in 0..1, found {self.absent_rate}")
-        if not 0 <= self.augment <= 1:
-            faults.append(f"augment must be in 0..1, found {self.augment}")
+        for name in ("absent_rate", "confirm_absent", "augment"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"{name} must be in 0..1, found {getattr(self, name)}")
         if faults:
             raise ValueError("; ".join(faults))
 

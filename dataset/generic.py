@@ -246,24 +246,30 @@ class GenericData(ConversationData):
             query = picture.queries[number]
             pick = self._pick(f"{picture.path.name}:{number}", rng)
             try:
-                conversation = self._conversation(query, image.shape[:2], pick)
+                absent = self.options.train and not query.exists and query.answer is None
+                confirm = absent and rng.random() < self.options.confirm_absent
+                conversation = self._conversation(query, image.shape[:2], pick, confirm)
             except ValueError as error:
                 raise DataError(picture.path, f"queries[{number}].masks", str(error)) from error
             conversation.ref_id, conversation.sent_id = index, int(number)
             conversations.append(conversation)
         return Sample(str(picture.path), image, conversations)
 
-    def _conversation(self, query: Query, size: tuple[int, int], pick: Pick) -> Conversation:
-        masks = query.decode(*size) if self._mask_per_seg else query.target(*size)
-        question, answer = self._texts(query, pick)
+    def _conversation(
+        self, query: Query, size: tuple[int, int], pick: Pick, confirm: bool = False
+    ) -> Conversation:
+        """`confirm`: answer with `[SEG]` and an empty mask although nothing is there."""
+        masks = query.decode(*size) if self._mask_per_seg and not confirm else query.target(*size)
+        question, answer = self._texts(query, pick, confirm)
         turns = [(question, answer)] if self.options.train else self._eval_turns(question, answer)
         return Conversation(turns, self._ignore(masks, default=True), query.text, query.exists, query.kind)
 
-    def _texts(self, query: Query, pick: Pick) -> tuple[str, str]:
+    def _texts(self, query: Query, pick: Pick, confirm: bool) -> tuple[str, str]:
         """Question and whole answer."""
         question = query.question or self.templates.question(query.text, query.is_sentence, pick)
         if query.answer is not None:
             return question, query.answer
-        if query.exists:
-            return question, self.templates.answer(query.text, query.is_sentence, pick, len(query.masks))
+        if query.exists or confirm:
+            count = max(1, len(query.masks))
+            return question, self.templates.answer(query.text, query.is_sentence, pick, count)
         return question, self.templates.deny(query.text, query.is_sentence, pick)

@@ -88,6 +88,8 @@ class TrainLisatConfig(EngineConfig):
     """Question and answer templates: default, tiny, or a file."""
     raster: Literal["official", "exact"] = "official"
     """How polygons of GRES-like files become masks."""
+    confirm_absent: float = 0.0
+    """Own annotations: share of questions about absent things answered by [SEG] and an empty mask, not a denial."""
     augment: float = 0.0
     """Semantic folders: smallest share of the sides kept by random crops, with turns and mirrors; 0 = off."""
     strict_data: bool = False
@@ -168,8 +170,9 @@ class TrainLisatConfig(EngineConfig):
         for name in ("ce_loss_weight", "dice_loss_weight", "bce_loss_weight"):
             if getattr(self, name) < 0:
                 faults.append(f"--{name} must not be negative, found {getattr(self, name)}")
-        if not 0 <= self.augment <= 1:
-            faults.append(f"--augment must lie between 0 and 1, found {self.augment}")
+        for name in ("augment", "confirm_absent"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"--{name} must lie between 0 and 1, found {getattr(self, name)}")
         if self.augment and self.cache_image_embeddings:
             faults.append("--augment changes the pictures, so --cache_image_embeddings must be empty")
         if not 0 <= self.lora_dropout < 1:

@@ -303,6 +303,7 @@ def _read_options(config: TrainLisatConfig, train: bool) -> ReadOptions:
         prompt="answer",
         raster=config.raster,
         strict=config.strict_data,
+        confirm_absent=config.confirm_absent if train else 0.0,
         augment=config.augment if train else 0.0,
     )
 

@@ -61,6 +61,23 @@ def test_training_draws_without_repetition(tmp_path: Path) -> None:
     assert seen["the red hut"][0].kind == "attribute"
 
 
+def test_absent_things_may_be_confirmed_with_an_empty_mask(tmp_path: Path) -> None:
+    options = ReadOptions(num_per_image=6, confirm_absent=0.5)
+    data = GenericData(folder_with(tmp_path, QUERIES), options)
+    confirmed = []
+    for epoch in range(40):
+        for c in data.draw(0, epoch).conversations:
+            assert c.turns[0][1].count("[SEG]") == len(c.masks)
+            if c.query == "the ship":
+                confirmed.append(len(c.masks) == 1)
+                assert not c.masks.any() and not c.exists
+            if c.query == "the lake":  # a stored answer stays
+                assert c.turns[0][1] == "No lake."
+    assert 8 < sum(confirmed) < 32
+    shown = GenericData(tmp_path, ReadOptions(train=False, prompt="answer", confirm_absent=1.0))[0]
+    assert [len(c.masks) for c in shown.conversations] == [1, 2, 0, 1, 0]
+
+
 def test_evaluation_has_one_target_per_row(tmp_path: Path) -> None:
     data = GenericData(folder_with(tmp_path, QUERIES), ReadOptions(train=False, prompt="open"))
     rows = data[0].conversations
