@@ -89,7 +89,7 @@ class TrainLisatConfig(EngineConfig):
     raster: Literal["official", "exact"] = "official"
     """How polygons of GRES-like files become masks."""
     confirm_absent: float = 0.0
-    """Own annotations: share of questions about absent things answered by [SEG] and an empty mask, not a denial."""
+    """Own annotations: share of absent things answered by [SEG] and an empty mask instead of a denial."""
     augment: float = 0.0
     """Semantic folders: smallest share of the sides kept by random crops, with turns and mirrors; 0 = off."""
     strict_data: bool = False
