@@ -144,9 +144,7 @@ def _list(coco: dict[str, Any], path: Path, key: str, absent_ok: bool = False) -
 
 
 def _unique(path: Path, values: list[Any], what: str) -> None:
-    repeated = (
-        sorted({str(v) for v in values if values.count(v) > 1}) if len(set(values)) < len(values) else []
-    )
+    repeated = sorted(str(value) for value, number in Counter(values).items() if number > 1)
     if repeated:
         raise ValueError(f"{path}: {what} occur more than once: {', '.join(repeated[:5])}")
 
