@@ -42,7 +42,7 @@ from utils.io import atomic_write_json
 from utils.optim import ParamGroup, deepspeed_config, lr_factor, parameter_groups
 from utils.progress import Progress, clock, memory_gib
 from utils.run_dir import RunDir
-from utils.sampling import BatchPlan, SizedData, make_loader, seeded
+from utils.sampling import BatchPlan, SizedData, known_lengths, make_loader, seeded
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,6 +77,9 @@ class Engine:
         param_groups: overrides the groups made from `config.lr_multipliers`.
         prepare: changes a batch that is on the device already, `prepare(engine, batch) -> batch`.
         cast_keys: batch entries that take the model's number format; other tensors are only moved.
+        names_key: batch entry with the file names.
+        count_keys: batch entries that hold numbers to count; their sums since step 0 over all processes are
+            logged as `<key>_total`.
     """
 
     def __init__(
@@ -91,12 +94,16 @@ class Engine:
         prepare: Callable[["Engine", dict[str, Any]], dict[str, Any]] | None = None,
         cast_keys: Sequence[str] = ("images", "images_clip", "image_embeddings"),
         names_key: str = "image_paths",
+        count_keys: Sequence[str] = ("dropped",),
     ) -> None:
         self.config, self.world, self.train_data, self.collate = config, world, train_data, collate
         self.validate = None if config.no_eval else validate
         self.prepare, self.cast_keys, self.names_key = prepare, frozenset(cast_keys), names_key
+        self.count_keys = tuple(count_keys)
         accumulation = config.accumulation(world.size)
-        self.plan = BatchPlan(len(train_data), config.seed, config.batch_size, accumulation, world.size)
+        lengths = known_lengths(train_data, config.group_by_length)
+        batch = config.batch_size, accumulation, world.size
+        self.plan = BatchPlan(len(train_data), config.seed, *batch, lengths)
         self.steps_per_epoch = config.steps_per_epoch or math.ceil(len(train_data) / self.plan.global_batch)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = min(config.start_epoch * self.steps_per_epoch, self.total_steps)
@@ -216,6 +223,9 @@ class Engine:
             if bad:
                 self._fail("loss", values, names)
             self._collect(values, self.plan.micro_batch)
+            for name in self.count_keys:
+                total = self._meter.get(f"all.{name}", 0.0)
+                self._meter[f"all.{name}"] = total + float(batch.get(name, 0))
             self.ds.backward(outputs["loss"])
             last = self.ds.is_gradient_accumulation_boundary()
             norm = self._clip() if last else None
@@ -243,7 +253,7 @@ class Engine:
             self.step - self.ds.skipped_steps,
             kind=config.lr_schedule,
             total_steps=self.total_steps,
-            warmup_steps=config.warmup_steps,
+            warmup_steps=config.warmup(self.total_steps),
             min_ratio=config.min_lr_ratio,
         )
         for target, group in zip(self.ds.optimizer.param_groups, self.groups, strict=True):
@@ -257,11 +267,13 @@ class Engine:
 
     def _log(self, progress: Progress) -> None:
         """Means since the last line over all processes, weighted by images."""
-        names = sorted(name for name in self._meter if name.startswith("sum."))
+        names = sorted(name for name in self._meter if name.startswith(("sum.", "all.")))
         sums = self.world.sum([self._meter["weight"], *(self._meter[name] for name in names)])
-        figures = {name[4:]: value / sums[0] for name, value in zip(names, sums[1:])}
+        found = dict(zip(names, sums[1:]))
+        figures = {name[4:]: value / sums[0] for name, value in found.items() if name.startswith("sum.")}
+        figures |= {f"{n[4:]}_total": value for n, value in found.items() if n.startswith("all.") and value}
         figures |= {name: self._meter[name] for name in ("lr", "grad_norm") if name in self._meter}
-        self._meter = {}
+        self._meter = {name: value for name, value in self._meter.items() if name.startswith("all.")}
         figures |= {"images_per_second": progress.throughput(), "memory_gib": memory_gib(self.world.device)}
         figures["epoch"] = self.step / self.steps_per_epoch
         self.run_dir.record(self.step, "train", figures)
@@ -301,7 +313,8 @@ class Engine:
                 f"--best_metric {self.config.best_metric} is not what validation returns ({found})"
             )
         score = figures[self.config.best_metric]
-        better = self.best_score is None or score > self.best_score
+        sign = -1 if "loss" in self.config.best_metric else 1
+        better = self.best_score is None or sign * score > sign * self.best_score
         if better and not self.config.eval_only:
             self.best_score, self.best_step = score, self.step
         text = ", ".join(

@@ -38,6 +38,8 @@ class EngineConfig:
     """warmup_decay = DeepSpeed's WarmupDecayLR (linear up, linear to 0), exactly as published."""
     warmup_steps: int = 100
     """Optimiser steps of warm-up."""
+    warmup_ratio: float = 0.0
+    """Warm-up as a share of all optimiser steps; 0 = warmup_steps."""
     min_lr_ratio: float = 0.0
     """Lowest learning rate of the cosine schedule, as a share of lr."""
     beta1: float = 0.9
@@ -54,6 +56,8 @@ class EngineConfig:
     """Seeds data order, drawing, dropout and new weights."""
     workers: int = 4
     """Data loading processes per rank; 0 = load in the training process. Never changes what is loaded."""
+    group_by_length: bool = False
+    """Put rows of like length into the same batch, where the data know their lengths (less padding)."""
     prefetch_factor: int = 2
     """Micro-batches each worker prepares ahead."""
     print_freq: int = 3
@@ -69,7 +73,7 @@ class EngineConfig:
     keep_last: int = 2
     """Newest checkpoints to keep besides the best one."""
     best_metric: str = "giou"
-    """Validation figure that decides which checkpoint is the best (larger is better)."""
+    """Validation figure that decides which checkpoint is the best: the largest, or the smallest of a loss."""
     resume: str = ""
     """Checkpoint (step folder, checkpoints folder or run directory) to continue from."""
     auto_resume: bool = True
@@ -95,6 +99,10 @@ class EngineConfig:
     def multipliers(self) -> dict[str, float]:
         """`lr_multipliers` as a mapping from name part to factor. ValueError if it cannot be read."""
         return parse_pairs(self.lr_multipliers, "--lr_multipliers")
+
+    def warmup(self, total_steps: int) -> int:
+        """Optimiser steps of warm-up in a run of `total_steps`."""
+        return round(self.warmup_ratio * total_steps) if self.warmup_ratio else self.warmup_steps
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimiser step on `world_size` processes. ValueError if it cannot be met."""
@@ -124,7 +132,7 @@ class EngineConfig:
             faults.append(f"--lr must be positive, found {self.lr}")
         if self.zero_stage not in (0, 1, 2, 3):
             faults.append(f"--zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}")
-        for name in ("beta1", "beta2", "min_lr_ratio"):
+        for name in ("beta1", "beta2", "min_lr_ratio", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"--{name} must lie between 0 and 1, found {getattr(self, name)}")
         if self.eval_only and self.no_eval:

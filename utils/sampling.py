@@ -4,7 +4,7 @@ The training data are an endless stream: pass 0 over all items in a shuffled ord
 and so on. Optimiser step k takes the next `global batch` positions of that stream; accumulation and ranks
 only divide them. So a resumed run starts at any step at no cost, and the same global batch on another
 number of processes sees the same images in every step. Everything random inside an item is seeded by (seed,
-pass, index).
+pass, index). With lengths, each pass is put in an order whose batches hold items of like length.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +27,10 @@ class DrawKey(NamedTuple):
     seed: int
     epoch: int
     index: int
+
+
+MEGABATCH = 50
+"""Global batches inside which items are sorted by length."""
 
 
 class SizedData(Protocol):
@@ -44,17 +48,24 @@ class SizedData(Protocol):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Divides the stream of a data set with `length` items into micro-batches."""
+    """Divides the stream of a data set with `length` items into micro-batches.
+
+    `lengths` (one number per item, of any unit) puts items of like length into one batch.
+    """
 
     length: int
     seed: int
     micro_batch: int
     accumulation: int = 1
     world_size: int = 1
+    lengths: Sequence[int] | None = field(default=None, compare=False, repr=False)
+    _grouped: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError("the training data are empty: no item to draw; check the data folder and split")
+        if self.lengths is not None and len(self.lengths) != self.length:
+            raise ValueError(f"{len(self.lengths)} lengths for {self.length} training items")
 
     @property
     def global_batch(self) -> int:
@@ -67,8 +78,20 @@ class BatchPlan:
         keys = []
         for position in range(first, first + self.micro_batch):
             epoch, place = divmod(position, self.length)
-            keys.append(DrawKey(self.seed, epoch, int(_order(self.seed, epoch, self.length)[place])))
+            keys.append(DrawKey(self.seed, epoch, int(self._order(epoch)[place])))
         return keys
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Item numbers of a pass in their order."""
+        if self.lengths is None:
+            return _shuffled(self.seed, epoch, self.length)
+        if epoch not in self._grouped:
+            if len(self._grouped) > 1:
+                self._grouped.clear()
+            shuffled = _shuffled(self.seed, epoch, self.length)
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            self._grouped[epoch] = group_by_length(shuffled, np.asarray(self.lengths), self.global_batch, rng)
+        return self._grouped[epoch]
 
     def stream(self, first_step: int, last_step: int, rank: int) -> Iterator[list[DrawKey]]:
         """All micro-batches of process `rank` in steps `first_step` .. `last_step - 1`, in order."""
@@ -78,8 +101,35 @@ class BatchPlan:
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+def _shuffled(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def group_by_length(
+    order: np.ndarray, lengths: np.ndarray, batch: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Item numbers (N,) of `order` rearranged so that every `batch` of them have like lengths.
+
+    Sorted inside stretches of `MEGABATCH` batches, whose batches are then shuffled; what is left over from
+    whole batches stays at the end.
+    """
+    whole = len(order) // batch * batch
+    stretches = [order[i : i + MEGABATCH * batch] for i in range(0, whole, MEGABATCH * batch)]
+    if not stretches:
+        return order
+    stretches[-1] = order[(len(stretches) - 1) * MEGABATCH * batch : whole]
+    ordered = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
+    return np.concatenate([rng.permutation(ordered.reshape(-1, batch)).reshape(-1), order[whole:]])
+
+
+def known_lengths(data: SizedData, wanted: bool) -> Sequence[int] | None:
+    """`data.lengths()` for a plan where grouping is `wanted`; ValueError where the data have none."""
+    if not wanted:
+        return None
+    lengths = getattr(data, "lengths", None)
+    if lengths is None:
+        raise ValueError("--group_by_length: these training data do not know the lengths of their rows")
+    return lengths()
 
 
 @contextlib.contextmanager

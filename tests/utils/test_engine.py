@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.utils.toy_training import ToyConfig, finish, start
 from utils.checkpointing import read_state, resolve_checkpoint
+from utils.sampling import BatchPlan
 
 
 def run(config: ToyConfig, ranks: int = 1, **arguments: Any) -> list[int]:
@@ -171,6 +172,28 @@ def test_no_eval_saves_each_epoch_and_best_survives_resume(straight: ToyConfig) 
     folder = Path(config.run_dir) / "checkpoints"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-12", "step-4", "step-8"]
     assert not (folder / "best").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_counts_are_summed_and_the_smallest_loss_is_best(straight: ToyConfig, ranks: int) -> None:
+    settings = {"best_metric": "loss", "global_batch_size": 6, "batch_size": 3, "lr": 0.3, "epochs": 5}
+    config = replace(straight, exp_name=f"counts{ranks}", eval_every_steps=1, **settings)
+    assert run(config, ranks) == [0] * ranks
+    lines = figures(config)
+    keys = [key.index for step in range(20) for key in BatchPlan(20, config.seed, 6).keys(step, 0, 0)]
+    for line in lines:
+        if line["split"] == "train":
+            seen = keys[: line["step"] * 6].count(3)
+            assert line.get("dropped_total", 0) == seen, line
+    losses = {line["step"]: line["loss"] for line in lines if line["split"] == "val"}
+    state = read_state(resolve_checkpoint(config.run_dir))
+    assert state["best_score"] == min(losses.values()) == losses[state["best_step"]]
+    assert state["best_score"] < max(losses.values()) and keys.count(3) > 3
+
+
+def test_warm_up_as_a_share_of_the_run() -> None:
+    assert ToyConfig(warmup_ratio=0.03).warmup(1000) == 30
+    assert ToyConfig(warmup_steps=7).warmup(1000) == 7
 
 
 def test_starting_over_and_going_back(straight: ToyConfig) -> None:

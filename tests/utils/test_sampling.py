@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.sampling import BatchPlan, KeyedDataset, make_loader
+from utils.sampling import BatchPlan, KeyedDataset, known_lengths, make_loader
 
 
 class Noisy:
@@ -71,3 +71,29 @@ def test_draw_is_preferred_and_gets_the_key() -> None:
 def test_empty_data_are_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         BatchPlan(0, 0, 1)
+
+
+def test_batches_of_like_length_hold_every_item_once_in_shuffled_order() -> None:
+    lengths = np.random.default_rng(0).permutation(103).tolist()
+    plan = BatchPlan(103, 5, micro_batch=2, accumulation=2, lengths=lengths)
+    steps = [[k.index for m in range(2) for k in plan.keys(s, m, 0)] for s in range(25)]
+    rest = [key.index for key in plan.keys(25, 0, 0) + plan.keys(25, 1, 0)][:3]
+    assert sorted([index for step in steps for index in step] + rest) == list(range(103))
+    spans = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps]
+    assert max(spans) <= 6  # neighbours among 100 of 103 numbers
+    firsts = [max(lengths[i] for i in step) for step in steps]
+    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
+    again = BatchPlan(103, 5, micro_batch=2, accumulation=2, lengths=lengths)
+    assert again.keys(7, 1, 0) == plan.keys(7, 1, 0)
+    other = [[k.index for m in range(2) for k in plan.keys(s, m, 0)] for s in range(26, 51)]
+    assert sorted(map(sorted, other)) != sorted(map(sorted, steps))
+    few = BatchPlan(3, 0, micro_batch=8, lengths=[3, 1, 2])
+    assert sorted(key.index for key in few.keys(0, 0, 0)[:3]) == [0, 1, 2]
+
+
+def test_grouping_needs_lengths() -> None:
+    assert known_lengths(Noisy(), wanted=False) is None
+    with pytest.raises(ValueError, match="do not know"):
+        known_lengths(Noisy(), wanted=True)
+    with pytest.raises(ValueError, match="2 lengths for 3"):
+        BatchPlan(3, 0, 1, lengths=[1, 2])

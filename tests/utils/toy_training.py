@@ -75,6 +75,7 @@ def toy_collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "image_paths": [sample["name"] for sample in samples],
         "images": torch.from_numpy(np.stack([sample["values"] for sample in samples])),
         "targets": torch.tensor([sample["target"] for sample in samples]),
+        "dropped": sum(sample["name"] == "image-3.png" for sample in samples),
     }
 
 
@@ -83,7 +84,8 @@ def toy_validate(engine: Any) -> dict[str, float]:
     batch = toy_collate([ToyData().draw(index, 0, 123) for index in range(8)])
     np.random.rand(3)
     torch.rand(3)
-    return {"giou": -float(engine.infer(batch)["loss"]), "noise": float(torch.rand(()))}
+    loss = float(engine.infer(batch)["loss"])
+    return {"giou": -loss, "loss": loss, "noise": float(torch.rand(()))}
 
 
 @dataclass
