@@ -14,7 +14,7 @@ from dataset.masks import Raster
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick, Templates, load_templates
 from dataset.text import SEG_TOKEN, Turns
-from utils.io import StrPath
+from utils.io import StrPath, is_there
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def settle(faults: Sequence[Fault], strict: bool, what: str) -> None:
 def picture_size(path: StrPath) -> tuple[int, int]:
     """(H, W) of a picture from its header, upright by EXIF; nothing is decoded. DataError if unreadable."""
     path = Path(path)
-    if not path.is_file():
+    if not is_there(path):
         raise DataError(path, "", "picture is not there")
     try:
         with Image.open(path) as image:
@@ -192,8 +192,9 @@ class ConversationData(Dataset[Sample]):
         """To be called when all files are listed."""
         settle(self.faults, self.options.strict, self.name)
         if len(self) == 0:
+            first = f"; the first of {len(self.faults)} faults: {self.faults[0]}" if self.faults else ""
             raise ValueError(
-                f"{self.name}: no usable picture; run validate_data.py on the folder for the reasons"
+                f"{self.name}: no usable picture{first}; run validate_data.py on the folder for the reasons"
             )
 
     def _pick(self, key: str, rng: np.random.Generator) -> Pick:

@@ -14,12 +14,12 @@ import numpy as np
 
 from dataset.base import ConversationData, DataError, Fault, ReadOptions, picture_size
 from dataset.image import load_rgb
-from dataset.masks import IGNORE, mask_from_json
+from dataset.masks import IGNORE, check_mask, mask_from_json
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick
 from dataset.text import IMAGE_TOKEN, SEG_TOKEN
-from utils.io import StrPath, atomic_write_text, read_json, to_json
-from utils.predictions import encode_mask
+from utils.io import StrPath, atomic_write_text, is_text, is_there, read_json, to_json
+from utils.rle import encode_mask
 
 FILE_NAME = "annotations.json"
 _QUERY_FIELDS = {"text", "kind", "exists", "masks", "ignore", "answer", "question", "is_sentence"}
@@ -96,10 +96,16 @@ def read_annotations(path: StrPath) -> tuple[list[Picture], list[Fault]]:
         raise ValueError(f"{path}: images: expected a list of pictures, found {repr(images)[:60]}")
     pictures: list[Picture] = []
     faults: list[Fault] = []
+    first: dict[Path, str] = {}
     for number, entry in enumerate(images):
         field = f"images[{number}]"
         try:
             picture, bad = _picture(entry, path, field)
+            if first.setdefault(picture.path, field) != field:
+                message = (
+                    f"picture {entry['file']} is listed in {first[picture.path]} too; join their queries"
+                )
+                raise DataError(path, f"{field}.file", message)
             pictures.append(picture)
             faults += bad
         except DataError as error:
@@ -111,11 +117,11 @@ def _picture(entry: Any, source: Path, field: str) -> tuple[Picture, list[Fault]
     if not isinstance(entry, dict):
         raise DataError(source, field, f"expected an object, found {repr(entry)[:60]}")
     name = entry.get("file")
-    if not isinstance(name, str) or not name:
+    if not is_text(name):
         raise DataError(source, f"{field}.file", f"expected the picture's path, found {repr(name)[:60]}")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(source, f"{field}.file", f"{name!r} must be a path inside the annotation's folder")
-    if not (source.parent / name).is_file():
+    if not is_there(source.parent / name):
         raise DataError(source, f"{field}.file", f"picture {source.parent / name} is not there")
     size = picture_size(source.parent / name)
     stored = entry.get("queries")
@@ -124,30 +130,37 @@ def _picture(entry: Any, source: Path, field: str) -> tuple[Picture, list[Fault]
     queries, faults = [], []
     for number, query in enumerate(stored):
         try:
-            queries.append(_query(query, source, f"{field}.queries[{number}]"))
+            queries.append(_query(query, source, f"{field}.queries[{number}]", size))
         except DataError as error:
             faults.append(error.fault)
     if not queries:
-        raise DataError(source, f"{field}.queries", f"none is usable; the first: {faults[0].message}")
+        first = f"{faults[0].field}: {faults[0].message}"
+        raise DataError(source, f"{field}.queries", f"none is usable; the first: {first}")
     return Picture(source.parent / name, size, tuple(queries)), faults
 
 
-def _query(entry: Any, source: Path, field: str) -> Query:
+def _query(entry: Any, source: Path, field: str, size: tuple[int, int]) -> Query:
     if not isinstance(entry, dict):
         raise DataError(source, field, f"expected an object, found {repr(entry)[:60]}")
     unknown = sorted(set(entry) - _QUERY_FIELDS)
     if unknown:
         raise DataError(source, field, f"unknown fields {unknown}; known are {sorted(_QUERY_FIELDS)}")
+    entry = {name: value for name, value in entry.items() if value is not None}
     text = entry.get("text")
-    if not isinstance(text, str) or not text.strip():
+    if not is_text(text):
         raise DataError(source, f"{field}.text", f"expected a non-empty text, found {repr(text)[:60]}")
     kinds = {"kind": str, "answer": str, "question": str, "exists": bool, "is_sentence": bool, "masks": list}
     for name, kind in kinds.items():
-        if entry.get(name) is not None and not isinstance(entry[name], kind):
+        good = isinstance(entry.get(name, kind()), kind)
+        if not good or (kind is str and not is_text(entry.get(name, ""), empty=True)):
             raise DataError(
                 source, f"{field}.{name}", f"expected {kind.__name__}, found {repr(entry[name])[:60]}"
             )
-    masks = tuple(entry.get("masks") or ())
+    masks = tuple(entry.get("masks", ()))
+    for number, mask in enumerate(masks):
+        _check_mask(mask, size, source, f"{field}.masks[{number}]")
+    if "ignore" in entry:
+        _check_mask(entry["ignore"], size, source, f"{field}.ignore")
     answer = entry.get("answer")
     exists = entry.get("exists", bool(masks))
     if masks and not exists:
@@ -177,6 +190,13 @@ def _query(entry: Any, source: Path, field: str) -> Query:
         question=entry.get("question"),
         ignore=entry.get("ignore"),
     )
+
+
+def _check_mask(mask: Any, size: tuple[int, int], source: Path, field: str) -> None:
+    try:
+        check_mask(mask, *size)
+    except ValueError as error:
+        raise DataError(source, field, str(error)) from error
 
 
 def write_annotations(folder: StrPath, images: Sequence[dict[str, Any]]) -> Path:

@@ -17,11 +17,11 @@ import numpy as np
 
 from dataset.base import ConversationData, DataError, Fault, ReadOptions, picture_size
 from dataset.image import load_rgb
-from dataset.masks import Raster, Shape, check_raster, rasterise, ring_array
+from dataset.masks import Raster, Shape, check_raster, rasterise, ring_array, touches
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick
 from dataset.text import IMAGE_TOKEN, SEG_TOKEN
-from utils.io import StrPath
+from utils.io import StrPath, is_text, is_there
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def parse_annotation(data: bytes, source: StrPath) -> Annotation:
             raise DataError(source, field, "the field is missing")
     texts, shapes = body["text"], body["shapes"]
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not isinstance(texts, list) or not all(is_text(text) for text in texts):
         raise DataError(source, "text", f"expected a list of non-empty texts, found {_short(texts)}")
     if not texts:
         raise DataError(source, "text", "the list is empty; at least one query is needed")
@@ -105,21 +105,24 @@ def parse_annotation(data: bytes, source: StrPath) -> Annotation:
         tuple(texts),
         _flag(body["is_sentence"], source, "is_sentence"),
         tuple(_shape(shape, source, f"shapes[{number}]") for number, shape in enumerate(shapes)),
-        tuple(_false_premises(body.get("false_premise_QA") or [], source)),
-        _image_name(shapes),
+        tuple(_false_premises(body.get("false_premise_QA"), source)),
+        _image_name(shapes, source),
     )
 
 
 def _decode(data: bytes, source: StrPath) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            where = f"line {error.lineno}, column {error.colno}"
-            raise DataError(source, "", f"not valid JSON at {where}: {error.msg}") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DataError(source, "", f"not valid JSON at {where}: {error.msg}") from error
+    except UnicodeDecodeError:
+        pass
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+        raise DataError(source, "", f"not usable JSON: {error}") from error
     try:
         return json.loads(data.decode("cp1252"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(source, "", f"neither UTF-8 nor Windows-1252 JSON: {error}") from error
 
 
@@ -129,7 +132,7 @@ def _shape(shape: Any, source: StrPath, field: str) -> Shape:
     for key in ("label", "points"):
         if key not in shape:
             raise DataError(source, f"{field}.{key}", "the field is missing")
-    if not isinstance(shape["label"], str):
+    if not is_text(shape["label"]):
         raise DataError(source, f"{field}.label", f"expected a text, found {_short(shape['label'])}")
     try:
         points = ring_array(shape["points"], least=1)
@@ -139,6 +142,7 @@ def _shape(shape: Any, source: StrPath, field: str) -> Shape:
 
 
 def _false_premises(entries: Any, source: StrPath) -> Iterator[FalsePremise]:
+    entries = [] if entries is None or entries == {} else entries
     if not isinstance(entries, list):
         raise DataError(source, "false_premise_QA", f"expected a list, found {_short(entries)}")
     for number, entry in enumerate(entries):
@@ -146,7 +150,7 @@ def _false_premises(entries: Any, source: StrPath) -> Iterator[FalsePremise]:
         if not isinstance(entry, list) or len(entry) != 3:
             raise DataError(source, field, f"expected [question, is_sentence, answer], found {_short(entry)}")
         question, is_sentence, answer = entry
-        if not isinstance(question, str) or not isinstance(answer, str) or not answer:
+        if not is_text(question) or not is_text(answer):
             raise DataError(source, field, f"question and answer must be texts, found {_short(entry)}")
         if SEG_TOKEN in question + answer or IMAGE_TOKEN in question + answer:
             raise DataError(source, field, f"{SEG_TOKEN} and {IMAGE_TOKEN} may not stand in a false premise")
@@ -159,10 +163,12 @@ def _flag(value: Any, source: StrPath, field: str) -> bool:
     return bool(value)
 
 
-def _image_name(shapes: list[Any]) -> str | None:
+def _image_name(shapes: list[Any], source: StrPath) -> str | None:
     """Picture name; the published reader takes it from the first shape."""
-    name = shapes[0].get("image_name") if shapes and isinstance(shapes[0], dict) else None
-    return name if isinstance(name, str) and name else None
+    name = shapes[0].get("image_name") if shapes else None
+    if name is not None and not is_text(name, empty=True):
+        raise DataError(source, "shapes[0].image_name", f"expected a file name, found {_short(name)}")
+    return name or None
 
 
 def _short(value: Any) -> str:
@@ -265,14 +271,21 @@ def _entry(path: Path, pictures: Path, only_beside: bool) -> Entry:
             raise DataError(
                 path, "shapes[0].image_name", f"{annotation.image_name!r} leads out of the folder"
             )
-        if not picture.is_file():
+        if not is_there(picture):
             raise DataError(path, "shapes[0].image_name", f"picture {picture} is not there")
     else:
         found = [picture for e in PICTURE_ENDINGS if (picture := pictures / (path.stem + e)).is_file()]
         if not found:
             raise DataError(path, "", f"no picture {pictures / path.stem}.jpg beside it")
         picture = found[0]
-    return Entry(path, picture, annotation, picture_size(picture))
+    size = picture_size(picture)
+    for number, shape in enumerate(annotation.shapes):
+        if not shape.is_flag and not touches(shape.points, *size):
+            (x0, y0), (x1, y1) = shape.points.min(axis=0), shape.points.max(axis=0)
+            message = f"polygon reaches ({x0:g}, {y0:g}, {x1:g}, {y1:g}), all of it outside picture "
+            message += f"{picture.name} of {size[1]}x{size[0]} pixels"
+            raise DataError(path, f"shapes[{number}].points", message)
+    return Entry(path, picture, annotation, size)
 
 
 # ----------------------------------------------------------------------------------------------- data set

@@ -6,7 +6,6 @@ Two ways to fill a polygon:
   centre lies inside (even-odd).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,10 +13,14 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from utils.rle import decode_mask, run_lengths
+
 Raster = Literal["official", "exact"]
 RASTERS: tuple[str, ...] = ("official", "exact")
 IGNORE = 255
 """Mask value of pixels that no loss and no metric counts."""
+FARTHEST = 1e6
+"""Largest coordinate in pixels that an annotation may hold."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,32 @@ def mask_from_json(value: Any, height: int, width: int) -> np.ndarray:
         ValueError: another form, another size, or a code that does not fill the picture.
     """
     if isinstance(value, dict):
-        return _decode_rle(value, height, width)
+        return decode_mask(value, (height, width)).astype(np.uint8)
+    return fill_rings(_rings(value), height, width).astype(np.uint8)
+
+
+def check_mask(value: Any, height: int, width: int) -> None:
+    """ValueError unless `mask_from_json` can read the mask and something of it can be in the picture."""
+    if isinstance(value, dict):
+        inside = bool(run_lengths(value, (height, width))[1::2].any())
+    else:
+        inside = any(touches(ring, height, width) for ring in _rings(value))
+    if not inside:
+        raise ValueError(
+            f"no pixel of the mask is in the picture of {height}x{width} pixels (height x width)"
+        )
+
+
+def touches(points: np.ndarray, height: int, width: int) -> bool:
+    """Whether the box around points (P, 2) reaches into a picture."""
+    return bool((points.max(axis=0) >= 0).all() and (points.min(axis=0) <= (width, height)).all())
+
+
+def _rings(value: Any) -> list[np.ndarray]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"a mask is a run-length code or a list of points, found {str(value)[:60]}")
     rings = [value] if _is_point(value[0]) else value
-    return fill_rings([ring_array(ring) for ring in rings], height, width).astype(np.uint8)
+    return [ring_array(ring) for ring in rings]
 
 
 def ring_array(ring: Any, least: int = 3) -> np.ndarray:
@@ -145,7 +169,7 @@ def ring_array(ring: Any, least: int = 3) -> np.ndarray:
         raise ValueError(f"a polygon is a list of at least {least} points [x, y], found {found}")
     for number, point in enumerate(ring):
         if not _is_point(point):
-            raise ValueError(f"point {number} is {str(point)[:60]}, expected two finite numbers [x, y]")
+            raise ValueError(f"point {number} is {str(point)[:60]}, expected two numbers [x, y] in pixels")
     return np.array(ring, np.float64).reshape(-1, 2)
 
 
@@ -153,38 +177,5 @@ def _is_point(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
-        and all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= FARTHEST for x in value)
     )
-
-
-def _decode_rle(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
-    if list(rle.get("size") or []) != [height, width]:
-        raise ValueError(f"run-length code has size {rle.get('size')}, the picture is {[height, width]}")
-    counts = rle.get("counts")
-    if isinstance(counts, str):
-        counts = _unpack_counts(counts)
-    whole = isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
-    if not whole or sum(counts) != height * width:
-        raise ValueError(
-            f"run-length code does not fill {height}x{width} pixels; write it with pycocotools.mask.encode"
-        )
-    values = np.arange(len(counts), dtype=np.uint8) % 2
-    return np.ascontiguousarray(np.repeat(values, counts).reshape(width, height).T)
-
-
-def _unpack_counts(text: str) -> list[int] | None:
-    """Run lengths of COCO's text form (5-bit groups, from the 4th run on differences); None if malformed."""
-    counts: list[int] = []
-    value = shift = 0
-    for letter in text:
-        group = ord(letter) - 48
-        if not 0 <= group < 64 or shift > 60:
-            return None
-        value |= (group & 31) << shift
-        shift += 5
-        if not group & 32:
-            if group & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    return counts if shift == 0 else None

@@ -222,9 +222,6 @@ def _check_generic(path: Path, report: Report, fast: bool, raster: Raster) -> No
         report.faults += faults
         kinds: Counter[str] = Counter()
         areas: list[int] = []
-        for picture, times in Counter(p.path for p in pictures).items():
-            if times > 1:
-                report.faults.append(Fault(str(file), str(picture), f"picture is listed {times} times"))
         for picture in pictures:
             if not fast:
                 _decode(picture.path, report)

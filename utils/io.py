@@ -117,6 +117,8 @@ def read_json(path: StrPath, kind: type | tuple[type, ...] | None = None) -> Any
         raise ValueError(f"{path}: not valid JSON at {where}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; store it as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+        raise ValueError(f"{path}: not usable JSON: {error}") from error
     if kind is not None and not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(k.__name__ for k in kinds)
@@ -129,15 +131,38 @@ def read_jsonl(path: StrPath) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: a JSON-lines file was expected, nothing is there")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; store it as UTF-8") from error
     values = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
     return values
+
+
+def is_text(value: Any, empty: bool = False) -> bool:
+    """Whether a JSON value is a text that files can hold: not blank (unless `empty`), no half characters."""
+    if not isinstance(value, str) or not (empty or value.strip()):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_there(path: StrPath) -> bool:
+    """Whether a file is there; False as well for names that no file can have (too long, a zero byte)."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _swap_in(beside: Path, final: Path) -> None:

@@ -150,7 +150,7 @@ def test_picture_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_broken_masks_stop_evaluation_with_their_place(tmp_path: Path) -> None:
     folder_with(tmp_path, [{"text": "b", "masks": [{"size": [2, 2], "counts": [4]}]}])
-    with pytest.raises(ValueError, match=r"0\.png: queries\[0\]\.masks: run-length code has size"):
+    with pytest.raises(ValueError, match=r"images\[0\]\.queries\[0\]\.masks\[0\]: run-length code has size"):
         GenericData(tmp_path, ReadOptions(train=False))[0]
 
 

@@ -84,11 +84,11 @@ def test_polygons_of_the_own_format() -> None:
         ([[1, 2], [3, 4], [5, "a"]], "point 2"),
         ([[1, 2], [3, 4], [5, float("nan")]], "point 2"),
         ({"size": [3, 4], "counts": "12"}, "the picture is"),
-        ({"size": [4, 4]}, "does not fill"),
+        ({"size": [4, 4]}, "run-length code is"),
         ({"size": [4, 4], "counts": [3, 4]}, "does not fill"),
         ({"size": [4, 4], "counts": [-1, 17]}, "does not fill"),
-        ({"size": [4, 4], "counts": "\x00zz"}, "does not fill"),
-        ({"size": [4, 4], "counts": "ooooooooooooooooooo"}, "does not fill"),
+        ({"size": [4, 4], "counts": "\x00zz"}, "damaged"),
+        ({"size": [4, 4], "counts": "ooooooooooooooooooo"}, "cut"),
     ],
 )
 def test_malformed_masks(value: object, message: str) -> None:

@@ -26,11 +26,13 @@ def test_pictures_with_too_many_pixels_are_faults(gres_folder, monkeypatch: pyte
 
 
 def test_gres_faults(gres_folder, capsys: pytest.CaptureFixture[str]) -> None:
-    far = gres_body("far.jpg")
-    far["shapes"][0]["points"] = square(100, 100)
+    far, out = gres_body("far.jpg"), gres_body("out.jpg")
+    far["shapes"][0]["points"] = square(20, 18)
+    out["shapes"][0]["points"] = square(100, 100)
     files = {
         "good": gres_body("good.jpg", text=["Find it.", "Find it."]),
         "far": far,
+        "out": out,
         "cut": gres_body("cut.jpg"),
     }
     root = gres_folder(files)
@@ -44,8 +46,8 @@ def test_gres_faults(gres_folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.format == "gres" and not report.ok
     text = messages(report)
     for part in (
-        "/train/far.json: shapes.points: polygons reach (100, 100, 106, 106) but picture far.jpg has 24x20",
-        "/train/far.json: shapes.points: no pixel of the target is in the picture",
+        "/train/far.json: shapes.points: polygons reach (20, 18, 26, 24) but picture far.jpg has 24x20",
+        "/train/out.json: shapes[0].points: polygon reaches (100, 100, 106, 106), all of it outside",
         "/train/cut.jpg: picture cannot be decoded",
         "/train/broken.json: not valid JSON at line 1",
         "/val/good.json: the same name is in the split train",
@@ -80,6 +82,7 @@ def test_own_format(tmp_path: Path) -> None:
         {"text": "the hut", "kind": "one", "masks": [square()]},
         {"text": "the tree", "masks": [square(20, 2)]},
         {"text": "nothing", "masks": [{"size": size, "counts": [480]}]},
+        {"text": "between two pixels", "masks": [[[3.6, 3.6], [4.2, 3.6], [4.2, 4.2]]]},
         {"text": "wrong size", "masks": [{"size": [2, 2], "counts": [4]}]},
         {"text": "not shown", "exists": False, "masks": []},
     ]
@@ -89,15 +92,16 @@ def test_own_format(tmp_path: Path) -> None:
     text = messages(report)
     for part in (
         "polygon reaches x 20..26, y 2..8, the picture has 24x20 pixels",
+        "images[0].queries[3].masks[0]: no pixel of the mask is in the picture",
+        "images[0].queries[5].masks[0]: run-length code has size [2, 2]",
         "0.png: queries[3].masks[0]: no pixel is inside",
-        "0.png: queries[4].masks: run-length code has size [2, 2]",
-        "1.png: picture is listed 2 times",
+        "images[2].file: picture 1.png is listed in images[1] too",
     ):
         assert part in text
-    assert len(report.faults) == 4
+    assert len(report.faults) == 5
     notes = "\n".join(map(str, report.notes))
     assert "the same picture as" in notes and "asked more than once: 'the hut'" in notes
-    assert report.statistics["train"]["per kind"] == {"(none)": 4, "one": 4}
+    assert report.statistics["train"]["per kind"] == {"(none)": 3, "one": 3}
     assert report.statistics["train"]["about absent things"] == 1
 
 
