@@ -50,6 +50,10 @@ class DemoConfig:
     """Score of a mask: its mean foreground probability, or SAM's own estimate of its IoU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format; auto: bf16 with an accelerator, fp32 without."""
+    load_in_8bit: bool = False
+    """Language model weights in 8 bits (bitsandbytes); whatever draws masks stays in --precision."""
+    load_in_4bit: bool = False
+    """Language model weights in 4 bits (NF4)."""
     device: str = "auto"
     """auto: an accelerator where there is one, else cpu."""
 
@@ -60,6 +64,8 @@ class DemoConfig:
             faults.append(f"--model_max_length is {self.model_max_length}; it must be at least 1")
         if self.image and not _is_address(self.image) and not Path(self.image).is_file():
             faults.append(f"--image {self.image}: there is no such file")
+        if self.load_in_8bit and self.load_in_4bit:
+            faults.append("--load_in_8bit and --load_in_4bit exclude each other")
         return faults
 
 
@@ -70,7 +76,7 @@ def run(config: DemoConfig, ask: Callable[[str], str] = input) -> Iterator[str]:
     folder = model_folder(config.pretrained_model_path)  # before the slow imports
     from dataset.text import CONV
     from utils.distributed import choose_device
-    from utils.predict_lisat import Protocol, load_for_inference
+    from utils.predict_lisat import Protocol, llm_weights, load_for_inference
 
     if config.conv_type and config.conv_type not in CONV:
         raise ValueError(f"--conv_type {config.conv_type} is unknown; choose one of {', '.join(CONV)}")
@@ -80,6 +86,7 @@ def run(config: DemoConfig, ask: Callable[[str], str] = input) -> Iterator[str]:
         device,
         config.precision,
         config.image_size,
+        llm_weights(config),
         vision_tower=config.vision_tower or None,
         tower_activation=config.tower_activation or None,
     )

@@ -97,6 +97,10 @@ class EvalConfig:
     """Processes that load pictures; -1: 4 with an accelerator, none without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format; auto: bf16 with an accelerator, fp32 without."""
+    load_in_8bit: bool = False
+    """Language model weights in 8 bits (bitsandbytes); whatever draws masks stays in --precision."""
+    load_in_4bit: bool = False
+    """Language model weights in 4 bits (NF4)."""
     device: str = "auto"
     """auto: this process's accelerator where there is one, else cpu."""
     local_rank: int = 0
@@ -135,6 +139,8 @@ class EvalConfig:
             faults.append(f"--forced_answer {self.forced_answer!r} holds no [SEG]")
         if not 0 < self.bootstrap_fraction <= 1:
             faults.append(f"--bootstrap_fraction {self.bootstrap_fraction} is not in (0, 1]")
+        if self.load_in_8bit and self.load_in_4bit:
+            faults.append("--load_in_8bit and --load_in_4bit exclude each other")
         return faults
 
 
@@ -155,7 +161,7 @@ def run(config: EvalConfig) -> str:
 def inference(config: EvalConfig) -> str:
     """Predict this process's share of the pictures, merge when all are there, and score."""
     folder = model_folder(config.pretrained_model_path, prefer_merged=True)  # before the slow imports
-    from utils.predict_lisat import load_for_inference, predict
+    from utils.predict_lisat import llm_weights, load_for_inference, predict
     from utils.predictions import PredictionWriter, merge_ranks, read_predictions
 
     rank, world_size, device = _place(config)
@@ -164,6 +170,7 @@ def inference(config: EvalConfig) -> str:
         device,
         config.precision,
         config.image_size,
+        llm_weights(config),
         vision_tower=config.vision_tower or None,
         tower_activation=config.tower_activation or None,
     )
@@ -187,6 +194,7 @@ def inference(config: EvalConfig) -> str:
         "raster": config.raster,
         "respect_ignore": config.respect_ignore,
         "precision": str(model.dtype).removeprefix("torch."),
+        "llm_weights": llm_weights(config) or None,
         "all_texts": config.all_texts,
         "list_file": config.list_file or None,
         "image_size": processor.sam_size,

@@ -20,6 +20,7 @@ from model.checkpoint import load_lisat
 from model.generation import RowAnswer
 from model.layouts import read_layout
 from model.lisat import Lisat
+from model.quantize import quantize_llm
 from utils.io import StrPath
 from utils.merge_lisat import find_processor
 from utils.metrics import IGNORE_VALUE
@@ -34,7 +35,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_for_inference(
-    folder: StrPath, device: str = "cpu", precision: str = "auto", image_size: int = 0, **options: Any
+    folder: StrPath,
+    device: str = "cpu",
+    precision: str = "auto",
+    image_size: int = 0,
+    llm_weights: str = "",
+    **options: Any,
 ) -> tuple[Lisat, Tokenizer, ImageProcessor]:
     """Model, tokenizer and image processor of a merged LISAT folder, ours or published.
 
@@ -42,10 +48,11 @@ def load_for_inference(
         device: where the model goes. precision: "fp32", "bf16", "fp16", or "auto": bf16 on an accelerator,
             fp32 on a CPU. Masks are upscaled in fp32 whatever the precision.
         image_size: side of the SAM input, checked against the checkpoint; 0 takes the checkpoint's.
+        llm_weights: "int8" or "int4" rounds the language model's weights (`model.quantize`); "" keeps them.
         options: see `model.checkpoint.Options`; `vision_tower` matters for published folders only.
 
     Raises:
-        ValueError: no such checkpoint, or its parts do not belong together.
+        ValueError: no such checkpoint, its parts do not belong together, or its weights cannot be rounded.
     """
     folder = Path(folder)
     if precision == "auto":
@@ -72,9 +79,16 @@ def load_for_inference(
         logger.info(
             "%s does not say how it was asked; the published programs ask with %s", folder, config.conv_type
         )
+    if llm_weights:
+        quantize_llm(model, llm_weights, device)
     model.to(device).eval()
     logger.info("%s: %s on %s", folder, precision, device)
     return model, tokenizer, processor
+
+
+def llm_weights(config: Any) -> str:
+    """`llm_weights` of `load_for_inference` from a command line's `load_in_8bit` and `load_in_4bit`."""
+    return "int8" if config.load_in_8bit else "int4" if config.load_in_4bit else ""
 
 
 @dataclass(frozen=True)
