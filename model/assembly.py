@@ -148,6 +148,8 @@ def assemble(
         for name, tensor in source.files.tensors(set(report.placed)):
             set_tensor(model, report.placed[name], tensor, dtype)
     _initialise(model, absent, dtype or torch.float32, seed)
+    if dtype is not None and config.sam is not None and config.sam.low_precision_pe:
+        model.sam.prompt_encoder.pe_layer.to(dtype)
     if model.llm.config.tie_word_embeddings:
         model.llm.tie_weights()
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]

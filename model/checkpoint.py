@@ -1,7 +1,7 @@
 """Reading and writing whole models: our folders, the published layouts, training states.
 
     load_lisat(folder)             a merged LISAT, published or ours
-    load_llava(folder)             tower + projector + language model only, no masks
+    load_llava(folder)             tower + projector + language model only, no masks: LISAT_PRE
     load_base(folder, sam_file)    LISAT_PRE, our base, or a LISAT, made ready for training
     load_trained(weight, base)     a training state with its LoRA folded in
     save_lisat, save_base, save_sam
@@ -12,7 +12,7 @@ lists can be checked without weights: `python -m model.checkpoint --check full_k
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,12 +30,14 @@ from .key_maps import (
     dropping,
     map_lisat_key,
     map_own_key,
+    map_projector_key,
     map_sam_key,
     map_tower_key,
     plan,
 )
 from .layouts import (
     Layout,
+    infer_projector_type,
     infer_sam_config,
     infer_vision_config,
     read_layout,
@@ -43,7 +45,7 @@ from .layouts import (
     sam_config_of_file,
 )
 from .lisat import Lisat, LisatConfig
-from .merging import fold_lora, fold_new_rows, open_training_state
+from .merging import find_training_state, fold_lora, fold_new_rows, open_training_state
 from .sam import SamConfig
 from .tower_files import is_open_clip, read_open_clip
 from .weight_files import WeightFiles, has_weights
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 SEG_TOKEN = "[SEG]"
 IMAGE_TAGS = ["<im_start>", "<im_end>"]
 SAM_WRAPPERS = ("sam",)
+PROJECTOR_FILE = "mm_projector.bin"
 EMBEDDING = "llm.model.embed_tokens.weight"
 
 
@@ -89,6 +92,14 @@ class Options:
     """SAM from `sam_file` and a fresh `text_hidden_fcs` even if the folder has trained ones"""
     out_dim: int | None = None
     """width of the mask prompts of a fresh `text_hidden_fcs`; None: SAM's prompt width"""
+    low_precision_pe: bool = False
+    """SAM's positional codes in the dtype of the other weights, as the published bf16 runs have them"""
+    projector: StrPath | None = None
+    """a trained projector instead of the folder's: a run of `--stage align`, or LLaVA's `mm_projector.bin`"""
+    projector_type: str | None = None
+    """type of a fresh projector; None: the folder's, or `mlp2x_gelu`"""
+    reinit_projector: bool = False
+    """start the projector afresh (a language model without one needs this, or `projector`)"""
 
 
 def load_lisat(
@@ -117,13 +128,14 @@ def load_lisat(
 
 
 def load_llava(
-    folder: StrPath, *, dtype: torch.dtype | None = torch.float32, **options: Any
+    folder: StrPath, *, dtype: torch.dtype | None = torch.float32, seed: int = 0, **options: Any
 ) -> tuple[Lisat, LisatConfig]:
-    """Tower, projector and language model only, of LISAT_PRE, our base, or a LISAT. Else as `load_lisat`."""
+    """Tower, projector and language model only, of LISAT_PRE, our base, a LISAT, or a Llama with a projector
+    from elsewhere (`seed` is that of a fresh one). Else as `load_lisat`."""
     folder = resolve(str(folder), what="base folder")
     gathered = _gather(folder, read_layout(folder), Options(**options), masks=False)
     config = LisatConfig.from_dict(gathered.fields)
-    return assemble(config, gathered.sources, dtype), config
+    return assemble(config, gathered.sources, dtype, gathered.fresh, seed), config
 
 
 def load_base(
@@ -154,11 +166,9 @@ def load_base(
         options: see `Options`.
     """
     folder = resolve(str(folder), what="base folder")
-    layout = read_layout(folder)
-    gathered = _gather(folder, layout, Options(sam_file=sam_file, **options))
-    fresh = () if layout.whole and not options.get("reinit_seg_modules") else ("text_hidden_fcs.",)
+    gathered = _gather(folder, read_layout(folder), Options(sam_file=sam_file, **options))
     config = LisatConfig.from_dict(gathered.fields)
-    model = assemble(config, gathered.sources, dtype, fresh, seed)
+    model = assemble(config, gathered.sources, dtype, gathered.fresh, seed)
     if tokenizer is not None:
         seg_token_id = add_lisat_tokens(tokenizer, image_tags)
         _grow_vocabulary(model, len(tokenizer), new_rows, seed)
@@ -166,17 +176,18 @@ def load_base(
     return model, config
 
 
-def describe_base(folder: StrPath, sam_file: StrPath | None = None, **options: Any) -> LisatConfig:
-    """The configuration that `load_base` would build, from settings and shapes alone (no weights are read).
+def describe_base(
+    folder: StrPath, sam_file: StrPath | None = None, masks: bool = True, **options: Any
+) -> LisatConfig:
+    """The configuration that `load_base` (without `masks`: `load_llava`) would build, from settings and
+    shapes alone; no weights are read.
 
-    Every tensor that is missing, unexpected or mis-shaped is listed in the ValueError, as by `load_base`.
+    Every tensor that is missing, unexpected or mis-shaped is listed in the ValueError, as by the loaders.
     """
     folder = resolve(str(folder), what="base folder")
-    layout = read_layout(folder)
-    gathered = _gather(folder, layout, Options(sam_file=sam_file, **options))
-    fresh = () if layout.whole and not options.get("reinit_seg_modules") else ("text_hidden_fcs.",)
+    gathered = _gather(folder, read_layout(folder), Options(sam_file=sam_file, **options), masks=masks)
     config = LisatConfig.from_dict(gathered.fields)
-    plan_sources(model_shapes(build_on_meta(config)), gathered.sources, fresh)
+    plan_sources(model_shapes(build_on_meta(config)), gathered.sources, gathered.fresh)
     return config
 
 
@@ -191,6 +202,7 @@ def load_trained(
     lora_targets: str | None = None,
     image_tags: bool = True,
     dtype: torch.dtype | None = torch.float32,
+    masks: bool = True,
     **options: Any,
 ) -> tuple[Lisat, LisatConfig]:
     """The model that a training run made: its tensors over the base it started from, LoRA folded in.
@@ -206,6 +218,7 @@ def load_trained(
         lora_targets: comma-separated module name parts; if given, LoRA of other modules is an error.
         image_tags: as in training, see `load_base`.
         dtype: see `load_lisat`; LoRA is folded in fp32 before the cast.
+        masks: False for a run of LISAT_PRE: no segmentation modules, and no tokens are added.
         options: see `Options`.
 
     Raises:
@@ -213,12 +226,13 @@ def load_trained(
     """
     state = open_training_state(weight, lora_r, lora_targets)
     base = resolve(str(base), what="base folder")
-    gathered = _gather(base, read_layout(base), Options(sam_file=sam_file, **options), overlay=state.plain)
+    chosen = Options(sam_file=sam_file, **options)
+    gathered = _gather(base, read_layout(base), chosen, overlay=state.plain, masks=masks)
     fields = gathered.fields
     rows = gathered.shapes[EMBEDDING][0]
     fields["llm"] = {**fields["llm"], "vocab_size": rows}
-    tokens = {}
-    if tokenizer is not None:
+    tokens = {} if masks else {"mm_use_im_start_end": image_tags}
+    if tokenizer is not None and masks:
         tokens = {"seg_token_id": add_lisat_tokens(tokenizer, image_tags), "mm_use_im_start_end": image_tags}
         if rows < len(tokenizer) and not state.new_rows:
             raise ValueError(
@@ -227,7 +241,7 @@ def load_trained(
     elif state.new_rows:
         raise ValueError(f"{weight}: only new vocabulary rows were trained; give the base's tokenizer")
     model = assemble(LisatConfig.from_dict(fields), gathered.sources, None if state.folds else dtype)
-    if tokenizer is not None:
+    if tokenizer is not None and masks:
         _grow_vocabulary(model, len(tokenizer), "normal", 0)
     for name, value in tokens.items():
         setattr(model.config, name, value)
@@ -275,26 +289,36 @@ def check_keys(
 
 @dataclass
 class _Gathered:
-    """Configuration fields, sources in order of priority, and our names -> shapes over all of them."""
+    """Configuration fields, sources in order of priority, our names -> shapes over all of them, and the
+    prefixes of names that may be in none of them."""
 
     fields: dict[str, Any]
     sources: list[Source]
     shapes: dict[str, Shape]
+    fresh: tuple[str, ...] = ()
 
 
 def _gather(
     folder: Path, layout: Layout, options: Options, overlay: Source | None = None, masks: bool = True
 ) -> _Gathered:
-    """Sources (training state, tower, SAM file, the folder: the first that has a tensor wins) and config."""
+    """Sources (training state, projector, tower, SAM file, the folder: the first that has a tensor wins) and
+    config."""
     key_map = map_lisat_key if layout.published else map_own_key
     own_sam = layout.whole and not options.reinit_seg_modules
+    fresh = () if own_sam or not masks else ("text_hidden_fcs.",)
     if not masks:
         key_map = dropping(key_map, SEG_PARTS, "segmentation modules are not wanted")
     elif options.reinit_seg_modules:
         key_map = dropping(key_map, SEG_PARTS, "segmentation modules start fresh")
     fields = dict(layout.fields)
-    main = Source(WeightFiles(folder), key_map, str(folder))
     sources = [overlay] if overlay is not None else []
+    if options.projector is not None:
+        path = find_training_state(options.projector)
+        path = path / PROJECTOR_FILE if (path / PROJECTOR_FILE).is_file() else path
+        sources.append(Source(WeightFiles(path), map_projector_key, str(path)))
+    if options.reinit_projector or options.projector is not None or layout.kind == "published_llm":
+        key_map, fresh = _new_projector(folder, layout, options, sources, fields, key_map, fresh)
+    main = Source(WeightFiles(folder), key_map, str(folder))
     if layout.published or options.vision_tower is not None:
         fields["vision"], tower = _tower(folder, layout, options, [*sources, main])
         sources += [tower] if tower is not None else []
@@ -307,7 +331,7 @@ def _gather(
     sources.append(main)
     shapes = {name: shape for source in reversed(sources) for name, shape in source.shapes().items()}
     if not masks:
-        return _Gathered(fields | {"sam": None, "seg_token_id": -1}, sources, shapes)
+        return _Gathered(fields | {"sam": None, "seg_token_id": -1}, sources, shapes, fresh)
     if options.sam is not None:
         fields["sam"] = options.sam
     elif not own_sam or "sam" not in fields:
@@ -316,7 +340,36 @@ def _gather(
     fields["out_dim"] = (
         shapes[projection][0] if projection in shapes else options.out_dim or shapes[prompt][1]
     )
-    return _Gathered(fields, sources, shapes)
+    if options.low_precision_pe:
+        sam = fields["sam"]
+        sam = sam if isinstance(sam, SamConfig) else SamConfig.from_dict(sam)
+        fields["sam"] = replace(sam, low_precision_pe=True)
+    return _Gathered(fields, sources, shapes, fresh)
+
+
+def _new_projector(
+    folder: Path,
+    layout: Layout,
+    options: Options,
+    sources: list[Source],
+    fields: dict[str, Any],
+    key_map: KeyMap,
+    fresh: tuple[str, ...],
+) -> tuple[KeyMap, tuple[str, ...]]:
+    """Key map of the folder and what may start fresh where the projector is not the folder's; its type goes
+    into `fields`."""
+    found = {name: s for source in sources for name, s in source.shapes().items()}
+    found = {name: shape for name, shape in found.items() if name.startswith("mm_projector.")}
+    if not found and not options.reinit_projector:
+        raise ValueError(
+            f"{folder} is a language model without projector: train one first (train_lisat.py --stage align "
+            "--reinit_projector), or name a trained one (--projector)"
+        )
+    kind = options.projector_type or fields.get("mm_projector_type") or "mlp2x_gelu"
+    fields["mm_projector_type"] = infer_projector_type(found) if found else kind
+    fields["mm_hidden_size"] = None  # the tower's
+    reason = "the projector comes from elsewhere" if found else "the projector starts fresh"
+    return dropping(key_map, ("mm_projector.",), reason), fresh if found else (*fresh, "mm_projector.")
 
 
 def _whole_sam(names: set[str]) -> bool:

@@ -110,6 +110,7 @@ class Generation(nn.Module):
         eos_token_id: int | None = None,
         cached: bool = True,
         compat_leftpad_mask: bool = False,
+        compat_unk_mask: bool = False,
         max_image_batch: int | None = None,
         max_prompt_batch: int = 64,
     ) -> list[RowAnswer]:
@@ -125,12 +126,18 @@ class Generation(nn.Module):
         the masks of the `[SEG]` in them. `score`: `foreground` (mean foreground probability) or `iou`
         (SAM's own estimate). `cached` False re-runs whole sequences (slow; for tests).
         `compat_leftpad_mask` repeats what the published evaluation does to left-padded batches: rows see
-        their padding. Returns one `RowAnswer` per row.
+        their padding. `compat_unk_mask` hides every token with the pad id, which is also that of unknown
+        words, as the published masks by id do. Returns one `RowAnswer` per row.
         """
+        if compat_leftpad_mask and compat_unk_mask:
+            raise ValueError("compat_leftpad_mask and compat_unk_mask exclude each other")
         if score not in ("foreground", "iou"):
             raise ValueError(f"score is {score!r}; known: foreground, iou")
         config = self.config
-        rows = split_rows(input_ids, attention_masks, None, offset, config.llm.get("pad_token_id") or 0)
+        pad_id = config.llm.get("pad_token_id") or 0
+        if compat_unk_mask:
+            attention_masks = input_ids != pad_id
+        rows = split_rows(input_ids, attention_masks, None, offset, pad_id, holes=compat_unk_mask)
         num_images = len(offset) - 1 if offset is not None else len(rows)
         sizes = _row_sizes(sam_mask_shape_list, rows, num_images)
         eos = self.llm.config.eos_token_id if eos_token_id is None else eos_token_id
@@ -149,7 +156,7 @@ class Generation(nn.Module):
                 new = self._decode(state, seg, len(rows), max_new_tokens, ends, pick)
             else:
                 new = self._decode_uncached(rows, images_clip, max_new_tokens, ends, pick)
-                longer = [Row(row.ids + ids, row.image) for row, ids in zip(rows, new, strict=True)]
+                longer = [_longer(row, ids) for row, ids in zip(rows, new, strict=True)]
                 seg = self._prompt_states(longer, images_clip, False)
             drawn = self._draw(
                 seg, rows, sizes, images, image_embeddings, score, max_image_batch, max_prompt_batch
@@ -290,7 +297,7 @@ class Generation(nn.Module):
         new: list[list[int]] = [[] for _ in rows]
         going = list(range(len(rows)))
         for _ in range(limit):
-            now = [Row(rows[r].ids + new[r], rows[r].image) for r in going]
+            now = [_longer(rows[r], new[r]) for r in going]
             layout = pack_rows(now, features, share_prefix=False)
             hidden = self.hidden_states(layout, images_clip)
             ends_at = [layout.locate(i, row.fused_length(features) - 1) for i, row in enumerate(now)]
@@ -367,6 +374,10 @@ class Generation(nn.Module):
             scores = iou[mine, 0].float() if score == "iou" else mask_scores(logits)
             drawn[r] = (logits.cpu(), scores.cpu())
         return drawn
+
+
+def _longer(row: Row, ids: list[int]) -> Row:
+    return Row(row.ids + ids, row.image, unseen=row.unseen)
 
 
 def _slices(count: int, size: int) -> list[slice]:

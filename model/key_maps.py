@@ -176,6 +176,12 @@ class KeyReport:
         return ", ".join([*counts, f"{len(self.misshaped)} misshaped"])
 
 
+def map_projector_key(name: str) -> Target | Ignored | None:
+    """Names of a projector alone: LLaVA's `mm_projector.bin`, or what training the projector wrote."""
+    fate = map_training_key(name)
+    return fate if isinstance(fate, Target) and fate.name.startswith("mm_projector.") else None
+
+
 def dropping(key_map: KeyMap, prefixes: tuple[str, ...], reason: str) -> KeyMap:
     """`key_map` with everything that would go to one of `prefixes` ignored for `reason`."""
 

@@ -55,7 +55,8 @@ class Layout:
     """What the config.json of a folder says, in our terms."""
 
     kind: str
-    """`lisat` or `lisat_base` (ours), `published` (merged LISAT) or `published_base` (LISAT_PRE)"""
+    """`lisat` or `lisat_base` (ours), `published` (merged LISAT), `published_base` (LISAT_PRE) or
+    `published_llm` (a Llama without projector)"""
     fields: dict[str, Any]
     """fields of LisatConfig that are known"""
     tower: str | None = None
@@ -66,6 +67,11 @@ class Layout:
     def published(self) -> bool:
         """True for the published key names."""
         return self.kind.startswith("published")
+
+    @property
+    def pads_pictures(self) -> bool:
+        """Whether the tower sees pictures padded to squares (LLaVA's `image_aspect_ratio: pad`)."""
+        return self.kind == "published_base" and self.raw.get("image_aspect_ratio") == "pad"
 
     @property
     def whole(self) -> bool:
@@ -97,19 +103,24 @@ def read_layout(folder: StrPath) -> Layout:
             f"{folder / 'config.json'}: model_type {kind!r} is neither a LISAT nor a LLaVA-1.5 folder "
             f"(expected {OWN_TYPE}, {BASE_TYPE}, llava, llava_llama or llama)"
         )
-    missing = [name for name in (*_LLM_REQUIRED, "mm_hidden_size") if name not in raw]
+    plain = kind == "llama" and "mm_hidden_size" not in raw
+    required = _LLM_REQUIRED if plain else (*_LLM_REQUIRED, "mm_hidden_size")
+    missing = [name for name in required if name not in raw]
     if missing:
         raise ValueError(f"{folder / 'config.json'}: fields are missing: {', '.join(missing)}")
     whole = "train_mask_decoder" in raw
     fields: dict[str, Any] = {
         "llm": _typed({name: raw[name] for name in LLM_FIELDS if raw.get(name) is not None}),
         "mm_projector_type": raw.get("mm_projector_type") or "linear",
-        "mm_hidden_size": raw["mm_hidden_size"],
+        "mm_hidden_size": raw.get("mm_hidden_size"),
         "mm_vision_select_layer": raw.get("mm_vision_select_layer", -2),
         "mm_vision_select_feature": raw.get("mm_vision_select_feature") or "patch",
         "mm_use_im_start_end": bool(raw.get("mm_use_im_start_end", whole)),
     }
     fields["llm"] |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if plain:
+        del fields["mm_projector_type"]
+        return Layout("published_llm", fields, raw=raw)
     fields |= {name: raw[name] for name in ASKING_FIELDS if name in raw}
     if whole:
         fields |= {"out_dim": raw.get("out_dim", 256), "seg_token_id": _added_token(folder, "[SEG]")}
@@ -213,6 +224,16 @@ def infer_sam_config(shapes: Mapping[str, Shape], decoder_heads: int = 8) -> Sam
         iou_head_depth=_count(shapes, re.escape(iou) + r"(\d+)\."),
         iou_head_hidden_dim=_shape(shapes, f"{iou}0.weight")[0],
     )
+
+
+def infer_projector_type(shapes: Mapping[str, Shape]) -> str:
+    """`linear` or `mlp<depth>x_gelu` from the names of a projector's tensors (`mm_projector.*`)."""
+    if "mm_projector.weight" in shapes:
+        return "linear"
+    depth = sum(re.fullmatch(r"mm_projector\.\d+\.weight", name) is not None for name in shapes)
+    if not depth:
+        raise ValueError(f"no projector among the tensors {sorted(shapes)[:5]}; expected mm_projector.*")
+    return f"mlp{depth}x_gelu"
 
 
 def sam_config_of_file(metadata: Mapping[str, str], file: StrPath) -> SamConfig | None:

@@ -28,7 +28,7 @@ from model.llava import (
     splice,
     split_rows,
 )
-from model.losses import LossWeights, mask_losses, token_loss
+from model.losses import LossWeights, mask_losses, row_figures, token_loss
 from model.sam import Sam, SamConfig
 
 ensure_torchvision()
@@ -192,10 +192,10 @@ class Lisat(Generation):
         used = sorted(set(packed.images))
         if used and images_clip is None:
             raise ValueError("token rows hold an image token but images_clip is None")
-        if not used and not (self._partitioned() and images_clip is not None):
+        if not used and (images_clip is None or not (self._partitioned() or self._projector_trains())):
             return embeddings
         features = self.image_features(_select(images_clip, used or [0]))
-        if not used:  # every rank must run the same modules under ZeRO-3
+        if not used:  # every rank must run the same modules under ZeRO-3, and reduce the same gradients
             return embeddings + 0 * features.sum().to(embeddings.dtype)
         at = torch.tensor([used.index(i) for i in packed.images], device=features.device)
         return splice(embeddings, packed.is_image, features[at])
@@ -229,6 +229,9 @@ class Lisat(Generation):
     def _partitioned(self) -> bool:
         return hasattr(self.llm.model.norm.weight, "ds_id")
 
+    def _projector_trains(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.mm_projector.parameters())
+
     # ---- training and teacher-forced inference --------------------------------------------------------
 
     def forward(
@@ -246,6 +249,7 @@ class Lisat(Generation):
         image_paths: Sequence[str] | None = None,
         inference: bool = False,
         packed: bool = True,
+        token_figures: bool = False,
         **_: Any,
     ) -> dict[str, Any]:
         """Losses, or with `inference` the masks of every `[SEG]` in the given rows.
@@ -257,8 +261,10 @@ class Lisat(Generation):
         sam_mask_shape_list B x ((h_in, w_in), (H, W)). `packed` lets rows of an image share its prefix
         (same losses and gradients). Other keys are ignored.
 
-        Training returns loss, ce_loss, mask_bce_loss, mask_dice_loss, mask_loss (weighted scalars);
-        inference returns pred_masks B x (K_b, H, W) fp32 logits, scores B x (K_b,), gt_masks.
+        Training returns loss, ce_loss and, unless the model draws no masks, mask_bce_loss, mask_dice_loss,
+        mask_loss (weighted scalars); with `token_figures` also `row_tokens`, `row_losses`, `row_correct`,
+        fp32 (R,): supervised tokens of a row, sum of their losses, how many the model would have said.
+        Inference returns pred_masks B x (K_b, H, W) fp32 logits, scores B x (K_b,), gt_masks.
         """
         features, weights = self.config.num_image_features, self.config.loss_weights
         rows = split_rows(input_ids, attention_masks, labels, offset)
@@ -279,23 +285,21 @@ class Lisat(Generation):
         wanted = predictions_of_labels(rows, features)
         targets = torch.tensor([t for _, _, t in wanted], dtype=torch.long, device=hidden.device)
         states = _gather(hidden, [layout.locate(r, p) for r, p, _ in wanted])
-        ce = weights.ce * token_loss(self.llm.lm_head(states), targets)
+        token_logits = self.llm.lm_head(states)
+        ce = weights.ce * token_loss(token_logits, targets)
+        extra = row_figures(token_logits, targets, wanted, len(rows)) if token_figures else {}
+        if self.sam is None:
+            return {"loss": ce, "ce_loss": ce} | extra
         bce = dice = torch.zeros((), device=ce.device)
-        if self.sam is not None:
-            logits, idle = self._row_masks(
-                rows, layout, hidden, num_images, images, image_embeddings, sam_mask_shape_list
-            )
-            both = mask_losses(logits, _checked_targets(logits, masks_list, image_paths))
-            if both is not None:
-                bce, dice = weights.bce * both[0], weights.dice * both[1]
-            ce = ce + idle if idle is not None else ce
-        return {
-            "loss": ce + bce + dice,
-            "ce_loss": ce,
-            "mask_bce_loss": bce,
-            "mask_dice_loss": dice,
-            "mask_loss": bce + dice,
-        }
+        logits, idle = self._row_masks(
+            rows, layout, hidden, num_images, images, image_embeddings, sam_mask_shape_list
+        )
+        both = mask_losses(logits, _checked_targets(logits, masks_list, image_paths))
+        if both is not None:
+            bce, dice = weights.bce * both[0], weights.dice * both[1]
+        ce = ce + idle if idle is not None else ce
+        losses = {"loss": ce + bce + dice, "ce_loss": ce, "mask_bce_loss": bce, "mask_dice_loss": dice}
+        return losses | {"mask_loss": bce + dice} | extra
 
     def _row_masks(
         self,

@@ -40,12 +40,14 @@ def build_projector(kind: str, mm_hidden_size: int, hidden_size: int) -> nn.Modu
 class Row:
     """One token row without its padding; not to be changed once made. `ids` may hold one image token;
     `image` is the index of the image it stands for (kept also where the row has no image token: masks
-    belong to that image). `labels` align with `ids`. `pads` counts the pads that stood before the row."""
+    belong to that image). `labels` align with `ids`. `pads` counts the pads that stood before the row.
+    `unseen` are raw indices of tokens that no other position may look at."""
 
     ids: list[int]
     image: int
     labels: list[int] | None = None
     pads: int = 0
+    unseen: tuple[int, ...] = ()
 
     @cached_property
     def image_at(self) -> int:
@@ -56,9 +58,13 @@ class Row:
         """Length once the image token became `features` positions."""
         return len(self.ids) + (features - 1 if self.image_at >= 0 else 0)
 
+    def fused_at(self, raw: int, features: int) -> int:
+        """Fused position of the token at raw index `raw` (the first one of the image)."""
+        return raw + (features - 1 if 0 <= self.image_at < raw else 0)
+
     def predecessor(self, raw: int, features: int) -> int:
         """Fused position whose state predicts the token at raw index `raw` >= 1."""
-        return raw - 1 + (features - 1 if 0 <= self.image_at < raw else 0)
+        return self.fused_at(raw, features) - 1
 
 
 def split_rows(
@@ -67,12 +73,14 @@ def split_rows(
     labels: Tensor | None = None,
     offset: Tensor | Sequence[int] | None = None,
     pad_id: int = 0,
+    holes: bool = False,
 ) -> list[Row]:
     """Rows (R, L) without padding, left or right, each with the image it belongs to.
 
     `attention_masks` (R, L) marks real tokens; without it, runs of `pad_id` at both ends are padding, so
     an unknown token inside the text survives. `offset` (B+1,) holds cumulative row counts per image
-    (None: one image per row). ValueError for empty rows, holes in a mask, or two images in a row.
+    (None: one image per row). With `holes`, tokens that a mask leaves out inside a row are kept but unseen.
+    ValueError for empty rows, other holes in a mask, or two images in a row.
     """
     ids_of_rows = input_ids.tolist()
     label_rows = labels.tolist() if labels is not None else [None] * len(ids_of_rows)
@@ -84,12 +92,14 @@ def split_rows(
         if not any(real):
             raise ValueError(f"token row {r} is empty")
         start, stop = real.index(True), len(real) - real[::-1].index(True)
-        if mask_rows is not None and not all(real[start:stop]):
+        if mask_rows is not None and not holes and not all(real[start:stop]):
             raise ValueError(f"attention mask of token row {r} has holes; only padding at the ends is known")
         ids = ids[start:stop]
         if ids.count(IMAGE_TOKEN_INDEX) > 1:
             raise ValueError(f"token row {r} holds {ids.count(IMAGE_TOKEN_INDEX)} image tokens; at most one")
-        rows.append(Row(ids, images[r], None if row_labels is None else row_labels[start:stop], start))
+        own_labels = None if row_labels is None else row_labels[start:stop]
+        unseen = tuple(i for i, seen in enumerate(real[start:stop]) if not seen) if mask_rows else ()
+        rows.append(Row(ids, images[r], own_labels, start, unseen))
     return rows
 
 
@@ -160,8 +170,9 @@ def _group(rows: Sequence[Row], share_prefix: bool) -> list[list[int]]:
 
 
 def pack_rows(rows: Sequence[Row], features: int, share_prefix: bool = True) -> Packed:
-    """Lay out rows in packs. A pack of one row, where no pack has more, is all prefix."""
-    groups = _group(rows, share_prefix)
+    """Lay out rows in packs. A pack of one row, where no pack has more, is all prefix. Where a row has unseen
+    tokens, every row is a pack of its own."""
+    groups = _group(rows, share_prefix and not any(row.unseen for row in rows))
     split = any(len(members) > 1 for members in groups)
     row_pack, row_prefix, row_start = ([0] * len(rows) for _ in range(3))
     packs: list[list[tuple[int, int, int]]] = []  # per pack its (id or image token, segment, position)
@@ -174,6 +185,9 @@ def pack_rows(rows: Sequence[Row], features: int, share_prefix: bool = True) -> 
             row_pack[r], row_prefix[r], row_start[r] = g, prefix, len(pack)
             pack += [(token, k + 1, prefix + p) for p, token in enumerate(fused[k][prefix:])]
         packs.append(pack)
+        for raw in rows[members[0]].unseen:
+            at = rows[members[0]].fused_at(raw, features)
+            pack[at] = (pack[at][0], -1, pack[at][2])
     length = max(len(pack) for pack in packs)
     table = torch.tensor([pack + [(0, -1, 0)] * (length - len(pack)) for pack in packs])  # G, T, 3
     ids, segment, positions = table.unbind(-1)

@@ -176,6 +176,29 @@ def mark_trainable(
     return names
 
 
+def mark_language_model(model: nn.Module, projector_only: bool, also: Sequence[str] = ()) -> list[str]:
+    """Set `requires_grad` for training LISAT_PRE and return the names that train.
+
+    The projector trains, and unless `projector_only` LoRA in the language model, or the whole of it where
+    it has no LoRA layers. Tower, and with LoRA both vocabulary matrices, stay frozen. Parameters with a part
+    of `also` in their name train too. ValueError where nothing trains (an identity projector).
+    """
+    whole_llm = not projector_only and not has_lora(model)
+    names = []
+    for name, parameter in model.named_parameters():
+        trains = name.startswith("mm_projector.") or any(part in name for part in also)
+        trains = trains or (".lora_" in name and not projector_only)
+        trains = trains or (whole_llm and name.startswith("llm."))
+        parameter.requires_grad_(trains)
+        if trains:
+            names.append(name)
+    if not names:
+        raise ValueError("nothing trains: the projector is an identity; choose another --projector_type")
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("%d of %d parameters train", total, sum(p.numel() for p in model.parameters()))
+    return names
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Detached CPU copies of everything that trains, by name."""
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -31,6 +31,23 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets)
 
 
+@torch.no_grad()
+def row_figures(
+    logits: Tensor, targets: Tensor, places: Sequence[tuple[int, int, int]], num_rows: int
+) -> dict[str, Tensor]:
+    """Per token row (R,), fp32: `row_tokens` supervised tokens, `row_losses` sum of their cross entropies,
+    `row_correct` those that have the highest logit. logits (M, V), targets (M,); `places` starts with the
+    row of each of the M tokens."""
+    at = torch.tensor([place[0] for place in places], device=logits.device)
+    values = {
+        "row_tokens": torch.ones_like(targets, dtype=torch.float32),
+        "row_losses": F.cross_entropy(logits.float(), targets, reduction="none"),
+        "row_correct": (logits.argmax(-1) == targets).float(),
+    }
+    zeros = torch.zeros(num_rows, device=logits.device)
+    return {name: zeros.index_add(0, at, value) for name, value in values.items()}
+
+
 def _pixels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if logits.shape != targets.shape:
         raise ValueError(

@@ -77,6 +77,11 @@ class EvalConfig:
     compat_leftpad_mask: bool = False
     """Repeat a fault of the published evaluation: in a batch, shorter prompts see their padding. Published
     batches hold five queries of one picture: --batch_size 1 --max_rows 5."""
+    compat_unk_mask: bool = False
+    """Repeat another: attention masks come from ids, so words that the tokenizer does not know (their id is
+    also the padding's) are not seen."""
+    low_precision_pe: bool = False
+    """SAM's positional codes in the model's bf16 or fp16, as in the published runs, instead of fp32."""
     raster: Literal["official", "exact"] = "official"
     """How polygons become pixels: as published, or pixel-exact."""
     respect_ignore: bool = False
@@ -135,6 +140,10 @@ class EvalConfig:
             faults.append(
                 f"--process_num {self.process_num} is not in 0..{self.world_size - 1} (--world_size)"
             )
+        if self.compat_leftpad_mask and self.compat_unk_mask:
+            faults.append("--compat_leftpad_mask and --compat_unk_mask exclude each other")
+        if self.low_precision_pe and self.precision == "fp32":
+            faults.append("--low_precision_pe has no effect with --precision fp32; use bf16 or fp16")
         if "[SEG]" not in self.forced_answer:
             faults.append(f"--forced_answer {self.forced_answer!r} holds no [SEG]")
         if not 0 < self.bootstrap_fraction <= 1:
@@ -173,7 +182,10 @@ def inference(config: EvalConfig) -> str:
         llm_weights(config),
         vision_tower=config.vision_tower or None,
         tower_activation=config.tower_activation or None,
+        low_precision_pe=config.low_precision_pe,
     )
+    if config.low_precision_pe and str(model.dtype) == "torch.float32":
+        raise ValueError("--low_precision_pe has no effect in fp32; add --precision bf16 or fp16")
     protocol = choose_protocol(config, model.config.conv_type)
     templates = choose_templates(config, model.config.templates)
     dataset = open_dataset(config, protocol.eval_prompt, templates)
@@ -191,6 +203,8 @@ def inference(config: EvalConfig) -> str:
         "max_new_tokens": protocol.max_new_tokens if protocol.generates else None,
         "score": protocol.score,
         "compat_leftpad_mask": protocol.compat_leftpad_mask or None,
+        "compat_unk_mask": protocol.compat_unk_mask or None,
+        "low_precision_pe": config.low_precision_pe or None,
         "raster": config.raster,
         "respect_ignore": config.respect_ignore,
         "precision": str(model.dtype).removeprefix("torch."),
@@ -264,6 +278,7 @@ def choose_protocol(config: EvalConfig, checkpoint_conv_type: str) -> "Protocol"
         config.max_new_tokens,
         config.score,
         config.compat_leftpad_mask,
+        config.compat_unk_mask,
     )
 
 

@@ -98,8 +98,8 @@ class Protocol:
     `eval_prompt`: "forced" puts `forced_answer` into the prompt, "answer" keeps the answers that the samples
     carry; both read the masks from one pass over the prompt. "open" lets the model write its answer, at most
     `max_new_tokens` long. `score` of a mask: "foreground" (mean foreground probability) or "iou" (SAM's own
-    estimate). `compat_leftpad_mask` repeats the published evaluation's fault: a row of a batch sees its
-    padding.
+    estimate). `compat_leftpad_mask` and `compat_unk_mask` repeat faults of the published evaluation: a row of
+    a batch sees its padding; unknown words, which share the padding's id, are not seen.
     """
 
     eval_prompt: str = "open"
@@ -108,6 +108,7 @@ class Protocol:
     max_new_tokens: int = 512
     score: str = "foreground"
     compat_leftpad_mask: bool = False
+    compat_unk_mask: bool = False
 
     @property
     def generates(self) -> bool:
@@ -254,6 +255,7 @@ def answer_batch(model: Lisat, batch: dict[str, Any], protocol: Protocol) -> lis
         image_embeddings=batch.get("image_embeddings"),
         score=protocol.score,
         compat_leftpad_mask=protocol.compat_leftpad_mask,
+        compat_unk_mask=protocol.compat_unk_mask,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import lora
-from model.checkpoint import load_base, load_lisat, load_llava, save_lisat
+from model.checkpoint import describe_base, load_base, load_lisat, load_llava, save_lisat
 from model.lisat import Lisat, LisatConfig
 from model.weight_files import WeightFiles, parse_size, read_pickle, write_shards
 from tests.model.checkpoint_tools import as_pickles, base_model, base_tokenizer, equal, write_bases
@@ -213,6 +213,66 @@ def test_base_without_sam_file_says_what_is_missing(bases: tuple[Path, Path]) ->
     with pytest.raises(ValueError, match="load_llava"):
         load_lisat(bases[0])
     assert equal(load_llava(bases[0])[0], base_model())
+
+
+def as_language_model(base: Path, folder: Path) -> Path:
+    """The Llama of a base as a folder of its own, with the names and the config of a plain Llama."""
+    folder.mkdir()
+    model, config = load_llava(base)
+    state = {n.removeprefix("llm."): t for n, t in model.state_dict().items() if n.startswith("llm.")}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.llm | {"model_type": "llama"}))
+    return folder
+
+
+def test_a_llama_gets_tower_and_projector(tmp_path: Path, bases: tuple[Path, Path]) -> None:
+    """Where LISAT_PRE starts: nothing but a language model and a tower."""
+    whole = base_model()
+    llama = as_language_model(bases[0], tmp_path / "llama")
+    tower = save_lisat(whole, tmp_path / "published", layout="published") / "vision_tower"
+    with pytest.raises(ValueError, match="without projector.*--projector"):
+        load_llava(llama, vision_tower=tower)
+    with pytest.raises(ValueError, match="without projector"):
+        load_base(llama, bases[1], vision_tower=tower)
+    model, config = load_llava(llama, vision_tower=tower, reinit_projector=True)
+    assert equal(model.llm, whole.llm) and equal(model.vision_tower, whole.vision_tower)
+    assert config.mm_projector_type == "mlp2x_gelu" and not equal(model.mm_projector, whole.mm_projector)
+    again = load_llava(llama, vision_tower=tower, reinit_projector=True)[0]
+    assert equal(model, again)
+    other = load_llava(llama, vision_tower=tower, reinit_projector=True, seed=1, projector_type="linear")[0]
+    assert isinstance(other.mm_projector, torch.nn.Linear)
+    described = describe_base(llama, masks=False, vision_tower=tower, reinit_projector=True)
+    assert described == config
+
+
+@pytest.mark.parametrize("form", ["state", "bin"])
+def test_projector_from_elsewhere(tmp_path: Path, bases: tuple[Path, Path], form: str) -> None:
+    torch.manual_seed(1)
+    linear = torch.nn.Linear(16, 32)
+    state = {f"mm_projector.{name}": value.detach() for name, value in linear.named_parameters()}
+    if form == "bin":
+        torch.save({f"model.{n}": t for n, t in state.items()}, tmp_path / "mm_projector.bin")
+    else:
+        save_file(state, tmp_path / "trainable.safetensors")
+    model, config = load_llava(bases[0], projector=tmp_path)
+    assert config.mm_projector_type == "linear" and equal(model.llm, base_model().llm)
+    assert equal(dict(model.mm_projector.state_dict()), {n[13:]: t for n, t in state.items()})
+    save_file(state | {"llm.model.norm.weight": torch.ones(32)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected(?s:.*)llm.model.norm"):
+        load_llava(bases[0], projector=tmp_path / "other.safetensors")
+    fresh = load_llava(bases[0], reinit_projector=True)[0]
+    assert not equal(fresh.mm_projector, base_model().mm_projector)
+
+
+def test_positional_codes_in_low_precision(tmp_path: Path) -> None:
+    """The matrix is rounded only where it is asked for, and only in memory."""
+    folder = save_lisat(tiny_model(), tmp_path / "m", tokenizer=tiny_tokenizer())
+    for options, kind in (({}, torch.float32), ({"low_precision_pe": True}, torch.bfloat16)):
+        model, config = load_lisat(folder, dtype=torch.bfloat16, **options)
+        assert model.state_dict()[MATRIX].dtype == kind == model.to(torch.bfloat16).state_dict()[MATRIX].dtype
+        assert config.sam.low_precision_pe == bool(options)
+        assert model.sam.prompt_encoder.pe_layer((4, 4)).dtype == kind
+    assert load_file(folder / "model.safetensors")[MATRIX].dtype == torch.float32
 
 
 def test_trained_seg_modules_are_kept_unless_asked(tmp_path: Path, bases: tuple[Path, Path]) -> None:

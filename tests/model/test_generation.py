@@ -174,6 +174,42 @@ def test_published_left_padding_differs() -> None:
         ask(model, [5], compat_leftpad_mask=True)
 
 
+def test_masks_by_id_hide_unknown_words() -> None:
+    """Cached as by running whole sequences; rows without unknown words answer as ever."""
+    model = talkative()
+    rows = [tiny.row(4, "i", 5, seed=0), tiny.row(4, "i", 3, seed=1)]
+    rows[0][8] = 0
+    ids, mask = tiny.padded(rows, "left")
+    answers = {}
+    for name, options in {
+        "by length": {},
+        "by id": {"compat_unk_mask": True},
+        "uncached": {"compat_unk_mask": True, "cached": False},
+    }.items():
+        answers[name] = model.evaluate(
+            **inputs(),
+            input_ids=ids,
+            sam_mask_shape_list=SIZES,
+            max_new_tokens=12,
+            attention_masks=mask,
+            offset=[0, 1, 2],
+            **options,
+        )
+    same(answers["by id"], answers["uncached"])
+    same(answers["by id"][1:], answers["by length"][1:])
+    ids[0][8] = 9  # a word in its place is seen
+    one = dict(input_ids=ids, sam_mask_shape_list=SIZES, offset=[0, 1, 2], max_new_tokens=1, score="iou")
+    plain, compat = (model.evaluate(**inputs(), **one, compat_unk_mask=x) for x in (False, True))
+    same(plain, compat)
+    forced = [1, *rows[0][1:9], tiny.SEG]
+    ids = torch.tensor([forced])
+    one |= dict(input_ids=ids, offset=[0, 1, 1], attention_masks=torch.ones_like(ids), max_new_tokens=0)
+    plain, compat = (model.evaluate(**inputs(), **one, compat_unk_mask=x) for x in (False, True))
+    assert (plain[0].mask_logits - compat[0].mask_logits).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="exclude each other"):
+        ask(model, [0], compat_leftpad_mask=True, compat_unk_mask=True)
+
+
 def test_scores() -> None:
     logits = torch.tensor([[[2.0, -3.0], [0.5, -1.0]], [[-1.0, -1.0], [-1.0, -1.0]]])
     expected = (torch.tensor(2.0).sigmoid() + torch.tensor(0.5).sigmoid()) / 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.lisat import Lisat, LisatConfig
-from model.lora import mark_trainable
+from model.lora import mark_language_model, mark_trainable
 from tests.model import tiny
 
 PREFIX = (4, "i")
@@ -110,6 +110,38 @@ def test_no_seg_gives_zero_mask_terms_and_the_same_gradients_everywhere() -> Non
             assert losses["mask_loss"] == 0 and losses["loss"] == losses["ce_loss"]
             assert not any(g.any() for n, g in gradients(model).items() if "mask_decoder" in n)
     assert names[0] == names[1]
+
+
+def test_token_figures_of_every_row() -> None:
+    model, b = tiny.model(sam=None, seg_token_id=-1), tiny.batch(ROWS, COUNTS)
+    with torch.no_grad():
+        found = model(**b, token_figures=True)
+        assert set(found) == {"loss", "ce_loss", "row_tokens", "row_losses", "row_correct"}
+        torch.testing.assert_close(found["row_losses"].sum() / found["row_tokens"].sum(), found["loss"])
+        for r in range(len(ROWS)):
+            one = {name: b[name][r : r + 1] for name in ("input_ids", "labels", "attention_masks")}
+            image = sum(r >= sum(COUNTS[: n + 1]) for n in range(len(COUNTS)))
+            alone = model(**one, images_clip=b["images_clip"][image : image + 1], token_figures=True)
+            for name in ("row_tokens", "row_losses", "row_correct"):
+                torch.testing.assert_close(alone[name][0], found[name][r])
+        assert found["row_tokens"].tolist() == (b["labels"] != -100).sum(1).tolist()
+    model.llm.lm_head.weight.requires_grad_(False).zero_()[7] = 0.0
+    b["labels"] = b["labels"].masked_fill(b["labels"] != -100, 0)
+    with torch.no_grad():  # equal logits everywhere: the first token wins
+        assert torch.equal(model(**b, token_figures=True)["row_correct"], found["row_tokens"])
+    assert "row_losses" not in model(**b)
+
+
+def test_rows_without_image_touch_a_projector_that_trains() -> None:
+    names = []
+    for values in (tiny.row(4, "i", 6, "e"), tiny.row(9, "e")):
+        model = tiny.model(sam=None, seg_token_id=-1)
+        mark_language_model(model, projector_only=True)
+        model(**tiny.batch([values], [1]))["loss"].backward()
+        names.append(set(gradients(model)))
+        used = any(g.any() for g in gradients(model).values())
+        assert used == (tiny.IMAGE in values)
+    assert names[0] == names[1] and names[0]
 
 
 def test_each_image_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

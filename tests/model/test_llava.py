@@ -52,6 +52,28 @@ def test_class_token_counts_as_a_feature_everywhere() -> None:
         torch.testing.assert_close(model(**b)["loss"], model(**b, packed=False)["loss"])
 
 
+@torch.no_grad()
+def test_unseen_tokens_are_left_out_as_by_a_mask() -> None:
+    model = tiny.model()
+    rows = [tiny.row(4, "i", 6, "s", 2, "e"), tiny.row(4, "i", 3, "e")]
+    ids, mask = tiny.padded(rows)
+    mask[0, 8] = False
+    with pytest.raises(ValueError, match="holes"):
+        split_rows(ids, mask, offset=[0, 2])
+    split = split_rows(ids, mask, offset=[0, 2], holes=True)
+    assert split[0].unseen == (8,) and split[1].unseen == () and split[0].ids == rows[0]
+    packed, images = pack_rows(split, N), torch.randn(1, 3, 28, 28)
+    hidden = model.hidden_states(packed, images)
+    for r, (values, length) in enumerate(zip(rows, (len(rows[0]), len(rows[1])))):
+        at = values.index(tiny.IMAGE)
+        words = model.llm.model.embed_tokens(torch.tensor(values).clamp(min=0))
+        fused = torch.cat((words[:at], model.image_features(images)[0], words[at + 1 :]))[None]
+        seen = torch.cat((mask[r, :at], torch.ones(N, dtype=torch.bool), mask[r, at + 1 : length]))
+        expected = model.llm.model(inputs_embeds=fused, attention_mask=seen[None]).last_hidden_state[0]
+        for fused_place in range(len(seen)):
+            torch.testing.assert_close(hidden[packed.locate(r, fused_place)], expected[fused_place])
+
+
 def test_predecessors() -> None:
     ids = [1, 7, tiny.SEG, tiny.IMAGE, tiny.SEG, 8, tiny.SEG]
     assert predictions_of_token([Row(ids, 0)], tiny.SEG, N) == [(0, 1), (0, 6), (0, 8)]

@@ -8,6 +8,7 @@ from model.lora import (
     add_lora,
     has_lora,
     load_trainable_state,
+    mark_language_model,
     mark_trainable,
     merge_lora,
     trainable_state,
@@ -42,6 +43,25 @@ def test_only_the_language_model_is_wrapped() -> None:
     assert "mm_projector.0.weight" in mark_trainable(model, also=("mm_projector",))
     with pytest.raises(ValueError, match="already"):
         add_lora(model)
+
+
+def test_what_trains_in_the_stages_of_the_language_model() -> None:
+    model = tiny.model(sam=None, seg_token_id=-1)
+    projector = {n for n, _ in model.named_parameters() if n.startswith("mm_projector.")}
+    whole_llm = {n for n, _ in model.named_parameters() if n.startswith("llm.")}
+    assert projector and set(mark_language_model(model, projector_only=True)) == projector
+    assert set(mark_language_model(model, projector_only=False)) == projector | whole_llm
+    add_lora(model, r=2, targets=ALL_LINEAR)
+    names = set(mark_language_model(model, projector_only=False))
+    lora = {n for n, _ in model.named_parameters() if ".lora_" in n}
+    assert names == projector | lora and len(lora) == 2 * 7 * 2
+    assert names == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(mark_language_model(model, projector_only=True)) == projector
+    also = set(mark_language_model(model, True, also=["embed_tokens"]))
+    assert also == projector | {"llm.model.embed_tokens.weight"}
+    square = tiny.model(sam=None, seg_token_id=-1, mm_projector_type="identity", vision={"hidden_size": 32})
+    with pytest.raises(ValueError, match="identity"):
+        mark_language_model(square, projector_only=True)
 
 
 def test_without_lora_the_language_model_trains() -> None:
