@@ -9,7 +9,7 @@ commands and the validation in its training loop): IoU = I / (U + 1e-5) in float
 gIoU = mean of the object IoU over masks; cIoU = sum I / (sum U + 1e-10).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 IGNORE_VALUE = 255
 IOU_EPSILON = 1e-5
 CIOU_EPSILON = 1e-10
+_MOST_WEIGHTS = 4_000_000  # of a resampling matrix at a time
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 LARGE_AREA = (
     728  # pixels; our own rule, it splits the GRES test set 488 / 1022 (the published split has no rule)
@@ -134,6 +135,11 @@ class Counts:
         """Object IoU per mask, float32 (N,)."""
         return iou_from_counts(self.intersection[:, 1], self.union[:, 1])
 
+    @property
+    def predicted(self) -> np.ndarray:
+        """Counted pixels of the predicted mask, int64 (N,)."""
+        return self.union[:, 1] + self.intersection[:, 1] - self.target[:, 1]
+
     def select(self, keep: np.ndarray) -> "Counts":
         """The rows where `keep` (bool (N,)) holds; picture numbers are kept."""
         keep = np.asarray(keep, dtype=bool)
@@ -148,8 +154,8 @@ class Counts:
         )
 
 
-def scores(counts: Counts) -> dict[str, float]:
-    """gIoU, cIoU, see accuracy, Pr@0.5..0.9 (all in 0..1) and the numbers of masks and images.
+def scores(counts: Counts, thresholds: Sequence[float] = PRECISION_THRESHOLDS) -> dict[str, float]:
+    """gIoU, cIoU, see accuracy, Pr@threshold (all in 0..1) and the numbers of masks and images.
 
     Raises:
         ValueError: no masks.
@@ -163,15 +169,24 @@ def scores(counts: Counts) -> dict[str, float]:
         "ciou": float(total[0] / (total[1] + CIOU_EPSILON)),
         "see_accuracy": float((counts.gt_exists == counts.pred_exists).mean()),
     }
-    for threshold in PRECISION_THRESHOLDS:
+    for threshold in thresholds:
         result[f"pr@{threshold}"] = float((iou > threshold).mean())
     return result | {"n_masks": len(counts), "n_images": counts.n_images}
 
 
-def scores_by_kind(counts: Counts) -> dict[str, dict[str, float]]:
+def scores_by(
+    counts: Counts, labels: Sequence[str], thresholds: Sequence[float] = PRECISION_THRESHOLDS
+) -> dict[str, dict[str, float]]:
+    """`scores` of the masks of every label (N of them), in order of first appearance."""
+    array = np.asarray(labels, dtype=object)
+    return {label: scores(counts.select(array == label), thresholds) for label in dict.fromkeys(labels)}
+
+
+def scores_by_kind(
+    counts: Counts, thresholds: Sequence[float] = PRECISION_THRESHOLDS
+) -> dict[str, dict[str, float]]:
     """`scores` of every kind of query, in order of first appearance."""
-    kinds = np.asarray(counts.kind, dtype=object)
-    return {kind: scores(counts.select(kinds == kind)) for kind in dict.fromkeys(counts.kind)}
+    return scores_by(counts, counts.kind, thresholds)
 
 
 def scores_by_size(counts: Counts, large_area: int = LARGE_AREA) -> dict[str, dict[str, float]]:
@@ -179,6 +194,34 @@ def scores_by_size(counts: Counts, large_area: int = LARGE_AREA) -> dict[str, di
     area = counts.target[:, 1]
     parts = {"large": area >= large_area, "small": (area > 0) & (area < large_area), "empty": area == 0}
     return {name: scores(counts.select(part)) for name, part in parts.items() if part.any()}
+
+
+def presence_scores(counts: Counts) -> dict[str, float]:
+    """How well presence is told.
+
+    Returns:
+        {"n_absent", "n_present": queries about things that are not / are there; "denial_rate": share of the
+        absent ones that are denied; "false_alarm_area": mean share of the picture's counted pixels that is
+        marked for absent ones, denied or not; "false_denial_rate": share of present ones that are denied}.
+        Shares of nothing are left out.
+    """
+    absent, found = ~counts.gt_exists, {}
+    result: dict[str, float] = {"n_absent": int(absent.sum()), "n_present": int((~absent).sum())}
+    for name, (values, chosen) in presence_ratios(counts).items():
+        if chosen.any():
+            found[name] = float(values.sum() / chosen.sum())
+    return result | found
+
+
+def presence_ratios(counts: Counts) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(numerators, denominators), each (N,), of the shares of `presence_scores`."""
+    absent, denied = ~counts.gt_exists, ~counts.pred_exists
+    marked = counts.predicted / np.maximum(1, counts.target.sum(axis=1))
+    return {
+        "denial_rate": (absent & denied, absent),
+        "false_alarm_area": (marked * absent, absent),
+        "false_denial_rate": (~absent & denied, ~absent),
+    }
 
 
 _SCORED = ("giou", "ciou", "see_accuracy")
@@ -233,16 +276,53 @@ def bootstrap(
     return result | {"drawn_indices": draws.tolist(), "per_round": rows.tolist()}
 
 
+def score_ratios(
+    counts: Counts, thresholds: Sequence[float] = PRECISION_THRESHOLDS
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(numerators, denominators), each (N,), whose sums divide to the scores of the same names."""
+    iou, one = counts.iou, np.ones(len(counts))
+    ratios = {
+        "giou": (iou, one),
+        "ciou": (counts.intersection[:, 1], counts.union[:, 1]),
+        "see_accuracy": (counts.gt_exists == counts.pred_exists, one),
+    }
+    return ratios | {f"pr@{threshold}": (iou > threshold, one) for threshold in thresholds}
+
+
 def confidence_intervals(
-    counts: Counts, level: float = 0.95, rounds: int = 1000, seed: int = 0
+    counts: Counts,
+    level: float = 0.95,
+    rounds: int = 1000,
+    seed: int = 0,
+    ratios: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of giou, ciou and see accuracy from resampling whole pictures (all M of them)."""
+    """Percentile intervals from resampling whole pictures (all M of them, with replacement).
+
+    Args:
+        ratios: scores as in `score_ratios` (the default). A resample without any denominator is left out;
+            a score whose denominators are all zero has no interval.
+    """
     if not 0 < level < 1:
         raise ValueError(f"the level of a confidence interval lies between 0 and 1, found {level}")
-    images = counts.n_images
-    draws = np.random.default_rng(seed).integers(0, images, size=(rounds, images))
-    edges = np.quantile(_resampled(counts, draws), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return {name: (float(low), float(high)) for name, low, high in zip(_SCORED, *edges)}
+    ratios = score_ratios(counts) if ratios is None else ratios
+    numbers, image = np.unique(counts.image, return_inverse=True)
+    columns = [part.astype(np.float64) for pair in ratios.values() for part in pair]
+    sums = np.stack([np.bincount(image, column, len(numbers)) for column in columns], axis=1)  # (M, 2K)
+    random, step, parts = np.random.default_rng(seed), max(1, _MOST_WEIGHTS // len(numbers)), []
+    for start in range(0, rounds, step):
+        draws = random.integers(0, len(numbers), size=(min(step, rounds - start), len(numbers)))
+        weights = np.stack([np.bincount(draw, minlength=len(numbers)) for draw in draws])
+        parts.append(weights @ sums)
+    total = np.concatenate(parts)  # (R, 2K)
+    above, below = total[:, ::2], total[:, 1::2]
+    values = np.where(below > 0, above / np.where(below > 0, below, 1), np.nan)
+    edges = [(1 - level) / 2, (1 + level) / 2]
+    intervals = {}
+    for name, column in zip(ratios, values.T):
+        if not np.isnan(column).all():
+            low, high = np.nanquantile(column, edges)
+            intervals[name] = (float(low), float(high))
+    return intervals
 
 
 class ValidationMeters:

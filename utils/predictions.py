@@ -16,6 +16,11 @@ line, with any number of ranks. When all pictures are there, `merge_ranks` write
              "more_masks": [RLE, ...] (only where the answer held more than one mask),
              "counts": {"intersection": [bg, object], "union": [bg, object], "target": [bg, object]}}
 
+Files of other programs, to be scored by `evaluate.py`, need less: "format", "version", a header with
+"dataset", of a picture "image" and "queries", of a query "prediction" and (where a picture has several
+queries) its words "query" or its numbers "ref_id" and "sent_id"; "pred_exists" (default: the mask holds a
+pixel) and "score" are used where they are given. Targets and counts are then taken from the data set.
+
 RLE is COCO's compressed run-length code {"size": [H, W], "counts": text}; pycocotools decodes it.
 `read_predictions` also reads the published form (a JSON file per rank and a folder of .npz arrays).
 """
@@ -25,6 +30,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,32 +40,25 @@ import numpy as np
 
 from utils.io import StrPath, atomic_write_json, read_json
 from utils.metrics import IGNORE_VALUE, Counts, mask_counts
+from utils.prediction_check import check_header, check_images
+from utils.rle import decode_mask, encode_mask, pixel_counts
 
 FORMAT, VERSION = "lisat-predictions", 1
+PUBLISHED = "published form"
 _RANK_FILE = re.compile(r"preds_(?P<dataset>.+)_(?P<rank>\d+)_of_(?P<world>\d+)\.(?P<form>jsonl?)")
-_QUERY_FIELDS = ("query", "gt_exists", "pred_exists", "prediction", "target", "counts")
 
 logger = logging.getLogger(__name__)
 
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """COCO compressed RLE {"size": [H, W], "counts": str} of a mask (H, W); non-zero is inside."""
-    from pycocotools import mask as coco
-
-    if mask.ndim != 2:
-        raise ValueError(f"a mask to be stored has shape (H, W), found {mask.shape}")
-    rle = coco.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
-    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """bool (H, W) of a COCO RLE, compressed (text) or plain (list of run lengths)."""
-    from pycocotools import mask as coco
-
-    height, width = rle["size"]
-    if isinstance(rle["counts"], list):
-        rle = coco.frPyObjects(rle, height, width)
-    return coco.decode(rle).astype(bool)
+def target_of(conversation: Any, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W) target of a `Conversation`: union of its masks, 255 where they say so and none is 1."""
+    target = np.zeros(size, dtype=np.uint8)
+    for mask in conversation.masks:
+        if mask.shape != tuple(size):
+            raise ValueError(f"a target of {mask.shape} pixels for a picture of {tuple(size)}")
+        target[(mask == IGNORE_VALUE) & (target == 0)] = IGNORE_VALUE
+        target[mask == 1] = 1
+    return target
 
 
 def query_record(
@@ -116,8 +115,7 @@ class Predictions:
             for record in image["queries"]:
                 counts = record["counts"]
                 if recount:
-                    triple = mask_counts(decode_mask(record["prediction"]), target_mask(record))
-                    counts = dict(zip(("intersection", "union", "target"), triple))
+                    counts = pixel_counts(record["prediction"], record["target"], record.get("ignore"))
                 rows.append(_row(image, record, record["pred_exists"], counts))
         return Counts.from_rows(rows)
 
@@ -139,8 +137,7 @@ class Predictions:
                 if not others:
                     continue
                 other = queries[int(random.choice(others))]
-                triple = mask_counts(decode_mask(other["prediction"]), target_mask(record))
-                counts = dict(zip(("intersection", "union", "target"), triple))
+                counts = pixel_counts(other["prediction"], record["target"], record.get("ignore"))
                 rows.append(_row(image, record, other["pred_exists"], counts))
         return Counts.from_rows(rows)
 
@@ -231,19 +228,21 @@ def write_predictions(path: StrPath, predictions: Predictions) -> Path:
 # ---------------------------------------------------------------- reading
 
 
-def read_predictions(path: StrPath, dataset: str | None = None) -> Predictions:
+def read_predictions(path: StrPath, dataset: str | None = None, targets: bool = True) -> Predictions:
     """Read predictions from whatever is there.
 
     Args:
         path: a merged file, one rank's file, or a folder with such files or with the published form.
         dataset: which data set of a folder that holds several; not needed where there is only one.
+        targets: False also takes files that hold predictions alone (module text).
 
     Raises:
-        ValueError: nothing readable; several data sets and none named; rank files of different runs.
+        ValueError: nothing readable; several data sets and none named; rank files of different runs; any
+            field that is missing or cannot be true (named with its place in the file).
     """
     path = Path(path)
     if path.is_file():
-        return _read_rank_files([path]) if path.suffix == ".jsonl" else _read_merged(path)
+        return _read_rank_files([path], targets) if path.suffix == ".jsonl" else _read_merged(path, targets)
     rank_names = [_RANK_FILE.fullmatch(p.name) for p in sorted(path.glob("preds_*"))]
     names = {match["dataset"] for match in rank_names if match}
     names |= {p.stem.removeprefix("predictions_") for p in path.glob("predictions_*.json")}
@@ -259,13 +258,13 @@ def read_predictions(path: StrPath, dataset: str | None = None) -> Predictions:
     # Rank files come first: a merged file beside unfinished or newer ones is older than they are.
     files = rank_files(path, dataset)
     if files:
-        merged = _read_rank_files(files)
+        merged = _read_rank_files(files, targets)
         if not merged.complete:
             missing = f"{len(merged.images)} of {merged.header['n_images']}"
             logger.warning("%s: only %s pictures of %s are there yet", path, missing, dataset)
         return merged
     file = path / f"predictions_{dataset}.json"
-    return _read_merged(file) if file.is_file() else read_published(path, dataset)
+    return _read_merged(file, targets) if file.is_file() else read_published(path, dataset)
 
 
 def rank_files(folder: StrPath, dataset: str) -> list[Path]:
@@ -306,7 +305,7 @@ def read_published(
     for rank in wanted:
         entries |= read_json(files[rank], dict)
     images = [_published_image(folder, index, *item) for index, item in enumerate(entries.items())]
-    header = {"dataset": dataset, "n_images": len(images), "source": "published form"}
+    header = {"dataset": dataset, "n_images": len(images), "source": PUBLISHED}
     return Predictions(
         header | {"eval_prompt": "unknown", "conv_type": "unknown", "raster": "unknown"}, images
     )
@@ -316,10 +315,12 @@ def _published_image(folder: Path, index: int, name: str, entry: dict[str, Any])
     try:
         with np.load(folder / entry["segmentation_path"], allow_pickle=False) as arrays:
             predicted, targets = arrays["pred"], arrays["gt"]
+        if predicted.ndim != 3 or targets.shape[1:] != predicted.shape[1:]:
+            raise ValueError(f"pred is {predicted.shape}, gt is {targets.shape}; expected (N, H, W) both")
         number = len(entry["conversation_list"])
         columns = {key: entry[key] for key in ("conversation_list", "pred_sent", "gt_exists", "pred_exists")}
         columns |= {key: np.ravel(entry[key]).tolist() for key in ("ref_ids", "sent_ids")}
-    except (KeyError, OSError) as error:
+    except (KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{folder}: the entry of {name} cannot be read: {error!r}") from error
     lengths = {key: len(values) for key, values in columns.items()}
     lengths |= {"pred": len(predicted), "gt": len(targets)}
@@ -344,16 +345,17 @@ def _published_image(folder: Path, index: int, name: str, entry: dict[str, Any])
     return {"index": index, "image": name, "size": list(predicted.shape[1:]), "queries": queries}
 
 
-def _read_merged(path: Path) -> Predictions:
+def _read_merged(path: Path, targets: bool = True) -> Predictions:
     body = read_json(path, dict)
     _check_format(path, body)
     if not isinstance(body.get("images"), list):
         raise ValueError(f"{path}: field 'images' is not a list")
-    _check_images(path, body["images"])
+    exact = body["header"].get("source") != PUBLISHED  # published targets may hold values besides 0, 1, 255
+    check_images(str(path), body["images"], targets=targets, exact=exact)
     return Predictions(body["header"], body["images"])
 
 
-def _read_rank_files(files: Sequence[Path]) -> Predictions:
+def _read_rank_files(files: Sequence[Path], targets: bool = True) -> Predictions:
     header: dict[str, Any] | None = None
     by_index: dict[int, dict[str, Any]] = {}
     for path in files:
@@ -363,7 +365,7 @@ def _read_rank_files(files: Sequence[Path]) -> Predictions:
         if header is not None:
             _check_same_header(path, found, header)
         header = found
-        _check_images(path, images)
+        check_images(str(path), images, lambda n: f"line {n + 2}", targets)
         by_index |= {image["index"]: image for image in images}
     if header is None:
         raise ValueError(
@@ -380,7 +382,7 @@ def _read_lines(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
             values.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}); remove the file") from error
     if not values:
         return None, [], 0
@@ -391,19 +393,11 @@ def _read_lines(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
 def _check_format(path: Path, body: Any) -> None:
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("header"), dict):
         raise ValueError(f"{path}: not a prediction file (field 'format' is not {FORMAT!r})")
-    if body.get("version") != VERSION:
+    if type(body.get("version")) is not int or body["version"] != VERSION:
         raise ValueError(
             f"{path}: version {body.get('version')!r} of the format; this program reads {VERSION}"
         )
-
-
-def _check_images(path: Path, images: Sequence[Any]) -> None:
-    for image in images:
-        faults = [key for key in ("index", "image", "size", "queries") if key not in image]
-        for record in image.get("queries", ()):
-            faults += [f"queries[].{key}" for key in _QUERY_FIELDS if key not in record]
-        if faults:
-            raise ValueError(f"{path}: the entry of {image.get('image')!r} lacks {sorted(set(faults))}")
+    check_header(str(path), body["header"])
 
 
 def _check_same_header(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

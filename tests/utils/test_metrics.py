@@ -113,8 +113,10 @@ def test_bootstrap_equals_rescoring_every_draw() -> None:
 def test_confidence_intervals_hold_the_score() -> None:
     counts = make_counts(40)
     found, intervals = metrics.scores(counts), metrics.confidence_intervals(counts, rounds=300)
+    assert set(intervals) == set(metrics.score_ratios(counts))
     for name, (low, high) in intervals.items():
-        assert low < found[name] < high
+        assert low <= found[name] <= high
+        assert low < high or name.startswith("pr@")
     narrow = metrics.confidence_intervals(counts, level=0.5, rounds=300)
     assert narrow["giou"][1] - narrow["giou"][0] < intervals["giou"][1] - intervals["giou"][0]
 
@@ -151,3 +153,46 @@ def test_validation_meters_mismatch() -> None:
     empty.update([], np.zeros((0, 4, 4)))
     with pytest.raises(ValueError, match="no picture"):
         empty.result()
+
+
+def test_intervals_of_any_ratio_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = make_counts(40)
+    ratios = metrics.score_ratios(counts, (0.3,)) | metrics.presence_ratios(counts)
+    ratios |= {"never": (np.zeros(len(counts)), np.zeros(len(counts)))}
+    whole = metrics.confidence_intervals(counts, rounds=50, seed=3, ratios=ratios)
+    assert set(whole) == set(ratios) - {"never"}
+    monkeypatch.setattr(metrics, "_MOST_WEIGHTS", 7 * 40)
+    parts = metrics.confidence_intervals(counts, rounds=50, seed=3, ratios=ratios)
+    assert parts.keys() == whole.keys() and all(parts[k] == pytest.approx(whole[k]) for k in whole)
+    draws = np.random.default_rng(3).integers(0, 40, size=(50, 40))
+    values = []
+    for draw in draws:  # straight from the definition
+        rows = np.concatenate([np.flatnonzero(counts.image == image) for image in draw])
+        values.append(np.mean(counts.iou[rows], dtype=np.float64))
+    assert whole["giou"] == pytest.approx(np.quantile(values, [0.025, 0.975]))
+
+
+def test_presence() -> None:
+    rows = []
+    for gt, said, marked in ((True, True, 5), (True, False, 0), (False, False, 0), (False, True, 10)):
+        target, prediction = np.zeros((4, 10), np.uint8), np.zeros((4, 10), bool)
+        target.flat[:5] = gt
+        target.flat[-20:] = 255
+        prediction.flat[:marked] = True
+        prediction.flat[-3:] = True  # not counted
+        counted = dict(zip(("intersection", "union", "target"), metrics.mask_counts(prediction, target)))
+        rows.append({"image": len(rows), "gt_exists": gt, "pred_exists": said} | counted)
+    counts = metrics.Counts.from_rows(rows)
+    assert counts.predicted.tolist() == [5, 0, 0, 10]
+    assert metrics.presence_scores(counts) == {
+        "n_absent": 2,
+        "n_present": 2,
+        "denial_rate": 0.5,
+        "false_alarm_area": 0.25,
+        "false_denial_rate": 0.5,
+    }
+    assert metrics.presence_scores(counts.select(counts.gt_exists)).keys() == {
+        "n_absent",
+        "n_present",
+        "false_denial_rate",
+    }

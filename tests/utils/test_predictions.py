@@ -119,7 +119,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     del image["queries"][0]["counts"]
     body = {"format": predictions.FORMAT, "version": 1, "header": HEADER, "images": [image]}
     bad.write_text(json.dumps(body))
-    with pytest.raises(ValueError, match=r"queries\[\].counts"):
+    with pytest.raises(ValueError, match=r"bad.json: images\[0\].queries\[0\].counts: the field is missing"):
         read_predictions(bad)
 
 
