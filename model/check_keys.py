@@ -3,11 +3,13 @@
 Command: `python -m model.checkpoint --check FILE` (or `python -m model.check_keys`).
 
 FILE is a JSON object whose entries are lists of [name, shape, dtype]: `lisat_7b`, `lisat_pre_7b`,
-`vision_tower_dir`, `sam_vit_h_pth`, `peft_extra_lora`; other entries are notes.
+`vision_tower_dir`, `sam_vit_h_pth`, `peft_extra_lora` (all of them, or none), and those of `OTHER_LISTS`
+that are there; other entries are notes.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ LISTS: dict[str, tuple[KeyMap, tuple[str, ...]]] = {
 """list -> its key map and the parts of the model that it covers"""
 
 
+def _sam2(shapes: dict[str, Shape]) -> str:
+    from .sam2_files import check_sam2_keys
+
+    return check_sam2_keys(shapes)
+
+
+OTHER_LISTS: dict[str, Callable[[dict[str, Shape]], str]] = {'sam2_hiera_large.pt["model"]': _sam2}
+"""list of another model -> what places it and returns the counts (ValueError on any fault)"""
+
+
 def check_file(file: str | Path, preset_name: str = "lisat_7b") -> dict[str, str]:
     """Place every known list of a key file on the preset; returns list -> counts.
 
@@ -46,7 +58,13 @@ def check_file(file: str | Path, preset_name: str = "lisat_7b") -> dict[str, str
 
     lists = read_json(file, dict)
     results, faults = {}, []
-    for name, (key_map, parts) in LISTS.items():
+    for name in OTHER_LISTS.keys() & lists.keys():
+        try:
+            results[name] = OTHER_LISTS[name](as_shapes(lists[name]))
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
+    wanted = LISTS if LISTS.keys() & lists.keys() or not (results or faults) else {}
+    for name, (key_map, parts) in wanted.items():
         if name not in lists:
             faults.append(f"{file}: list {name} is missing")
             continue

@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as coco
 
 from utils import metrics
-from utils.rle import area, decode_mask, encode_mask, pixel_counts, run_lengths, unpack_counts
+from utils.rle import area, decode_mask, encode_mask, encode_masks, pixel_counts, run_lengths, unpack_counts
 
 
 def random_masks(count: int = 40) -> list[np.ndarray]:
@@ -76,3 +76,12 @@ def test_cut_and_changed_texts_never_decode_to_the_same_mask() -> None:
         with pytest.raises(ValueError):
             decode_mask(rle | {"counts": rle["counts"][:cut]}, mask.shape)
     assert unpack_counts(rle["counts"]).sum() == mask.size
+
+
+def test_many_masks_are_coded_like_one() -> None:
+    masks = np.random.default_rng(5).random((7, 13, 9)) < 0.4
+    masks[0], masks[1] = False, True
+    assert encode_masks(masks) == [encode_mask(mask) for mask in masks]
+    for code, mask in zip(encode_masks(list(masks.astype(np.uint8) * 255)), masks):
+        assert np.array_equal(decode_mask(code), mask)
+    assert encode_masks([]) == []
