@@ -98,6 +98,9 @@ class EvalConfig:
     """Pictures per batch; all queries of a picture share one encoding."""
     max_rows: int = 64
     """Most queries in one call of the model; more of them are done in several calls."""
+    windows: int = 1
+    """Cut every picture into so many overlapping windows a side and put the masks together again (land cover
+    in large pictures; questions about the whole picture need 1)."""
     workers: int = -1
     """Processes that load pictures; -1: 4 with an accelerator, none without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -133,7 +136,7 @@ class EvalConfig:
         """One sentence per fault."""
         faults = [
             f"--{name} is {getattr(self, name)}; it must be at least {least}"
-            for name, least in (("batch_size", 1), ("max_rows", 1), ("world_size", 1), ("max_new_tokens", 1))
+            for name, least in (("batch_size", 1), ("max_rows", 1), ("windows", 1), ("world_size", 1), ("max_new_tokens", 1))
             if getattr(self, name) < least
         ]
         if not 0 <= self.process_num < max(1, self.world_size):
@@ -205,6 +208,7 @@ def inference(config: EvalConfig) -> str:
         "compat_leftpad_mask": protocol.compat_leftpad_mask or None,
         "compat_unk_mask": protocol.compat_unk_mask or None,
         "low_precision_pe": config.low_precision_pe or None,
+        "windows": config.windows if config.windows > 1 else None,
         "raster": config.raster,
         "respect_ignore": config.respect_ignore,
         "precision": str(model.dtype).removeprefix("torch."),
@@ -235,6 +239,7 @@ def inference(config: EvalConfig) -> str:
             config.batch_size,
             config.max_rows,
             workers,
+            config.windows,
         )
         for done, (index, sample, records) in enumerate(found, start=1):
             writer.write(index, sample.image_path, sample.image.shape[:2], records)

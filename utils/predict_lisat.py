@@ -25,6 +25,7 @@ from utils.io import StrPath
 from utils.merge_lisat import find_processor
 from utils.metrics import IGNORE_VALUE
 from utils.predictions import query_record
+from utils.windows import cut, stitch, window_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +127,10 @@ class Protocol:
 
 @dataclass
 class _Piece:
-    """Some consecutive queries of the sample at `index`, ready to be asked."""
+    """Some consecutive queries of one window of the sample at `index`, ready to be asked."""
 
     index: int
+    window: int
     sample: Sample
 
 
@@ -150,9 +152,10 @@ class _Loader:
         protocol: Protocol,
         im_start_end: bool,
         max_rows: int,
+        windows: int,
     ) -> None:
         self.tokenizer, self.processor, self.protocol = tokenizer, processor, protocol
-        self.im_start_end, self.max_rows = im_start_end, max_rows
+        self.im_start_end, self.max_rows, self.windows = im_start_end, max_rows, windows
 
     def __call__(self, items: Sequence[tuple[int, Sample]]) -> _Work:
         work = _Work(dict(items), [])
@@ -171,9 +174,10 @@ class _Loader:
 
     def _pieces(self, index: int, sample: Sample) -> Iterator[_Piece]:
         conversations = [self.protocol.prompt(conversation) for conversation in sample.conversations]
-        for first in range(0, len(conversations), self.max_rows):
-            part = conversations[first : first + self.max_rows]
-            yield _Piece(index, Sample(sample.image_path, sample.image, part))
+        for window, box in enumerate(window_boxes(*sample.image.shape[:2], self.windows)):
+            for first in range(0, len(conversations), self.max_rows):
+                part = conversations[first : first + self.max_rows]
+                yield _Piece(index, window, cut(sample, box, part))
 
     def _batch(self, pieces: list[_Piece]) -> dict[str, Any]:
         return collate(
@@ -210,6 +214,7 @@ def predict(
     batch_size: int = 4,
     max_rows: int = 64,
     workers: int = 0,
+    windows: int = 1,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, Sample, list[dict[str, Any]]]]:
     """Predictions of a data set, picture by picture in the order of `indices`.
@@ -219,25 +224,33 @@ def predict(
         dataset: anything with len and [] that gives samples whose conversations carry their targets.
         indices: which samples; None means all.
         batch_size: pictures per call of the model. max_rows: queries per call. workers: loader processes.
-        prepare: changes a batch, for example `EmbeddingCache.replace`.
+        windows: so many overlapping windows a side, put together again (`utils.windows`).
+        prepare: changes a batch, for example `EmbeddingCache.replace` (whole pictures only).
 
     Yields:
         (index, sample, QUERY records of `utils.predictions`), one per picture.
     """
+    if windows > 1 and prepare is not None:
+        raise ValueError("prepare works on whole pictures; leave it out, or windows at 1")
     indices = range(len(dataset)) if indices is None else indices
     groups = [list(indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
-    load = _Loader(tokenizer, processor, protocol, model.config.mm_use_im_start_end, max_rows)
+    load = _Loader(tokenizer, processor, protocol, model.config.mm_use_im_start_end, max_rows, windows)
     loader = torch.utils.data.DataLoader(
         _Numbered(dataset), batch_sampler=groups, collate_fn=load, num_workers=workers
     )
     for work in loader:
-        answers: dict[int, list[RowAnswer]] = {index: [] for index in work.samples}
+        answers: dict[int, list[list[RowAnswer]]] = {i: [[] for _ in range(windows**2)] for i in work.samples}
         for pieces, batch in work.batches:
             found = iter(answer_batch(model, batch if prepare is None else prepare(batch), protocol))
             for piece in pieces:
-                answers[piece.index] += [next(found) for _ in piece.sample.conversations]
+                answers[piece.index][piece.window] += [next(found) for _ in piece.sample.conversations]
         for index, sample in work.samples.items():
-            yield index, sample, _records(sample, answers[index], tokenizer, protocol)
+            whole = answers[index][0]
+            if windows > 1:
+                size = sample.image.shape[:2]
+                boxes = window_boxes(*size, windows)
+                whole = [stitch(parts, boxes, size) for parts in zip(*answers[index], strict=True)]
+            yield index, sample, _records(sample, whole, tokenizer, protocol)
 
 
 @torch.inference_mode()
