@@ -210,12 +210,12 @@ def find_split(root: StrPath, name: str, split: str, list_file: StrPath | None =
 
 
 def read_names(path: StrPath) -> list[str]:
-    """Stems named in a list file, once each and in order; a warning tells of repetitions."""
+    """Stems named in a list file (`#` starts a comment line), once each, in order; repetitions are told."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"list file {path} cannot be read ({error})") from error
-    names = [Path(line.strip()).name for line in lines if line.strip()]
+    names = [Path(line.strip()).name for line in lines if line.strip() and not line.startswith("#")]
     names = [Path(n).stem if Path(n).suffix.lower() in (".json", *PICTURE_ENDINGS) else n for n in names]
     unique = list(dict.fromkeys(names))
     if len(unique) < len(names):
