@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from utils.instructsam_propose_config import ProposerConfig
+
 Setting = Literal["open_vocabulary", "open_ended", "open_subclass"]
 ClassList = Literal["", "unseen_classes", "means_of_transport", "sports_field"]
 
@@ -166,6 +168,157 @@ class CountConfig(DeviceConfig, AskConfig, InputConfig):
         if bool(self.base_url) == bool(self.pretrained_model_name_or_path):
             return ["give either --base_url (a server) or --pretrained_model_name_or_path (Qwen2.5-VL here)"]
         return []
+
+
+@dataclass
+class ProposeConfig(DeviceConfig, ProposerConfig, InputConfig):
+    """Propose masks of everything in pictures: one file of boxes, scores and masks (COCO run lengths)."""
+
+    rp_save_path: str = ""
+    """Output file; empty: ./region_proposals/<data set>/<configuration or weights>.json."""
+
+    def validate(self) -> list[str]:
+        """One sentence per fault."""
+        return InputConfig.validate(self) + ProposerConfig.validate(self)
+
+
+@dataclass
+class ProposerConfig:
+    """How masks are proposed."""
+
+    proposer: Literal["sam2", "sam1", "tiny"] = "sam2"
+    """sam2: SAM 2 (published); sam1: the first SAM; tiny: small random weights, to try the commands."""
+    sam2_checkpoint: str = ""
+    """Weights: sam2_hiera_large.pt (or tiny, small, base+), or SAM 1's sam_vit_h_4b8939.pth and the like."""
+    sam2_cfg: str = ""
+    """Name of the model's sizes as published (sam2_hiera_l.yaml); empty: as the weights show."""
+    max_masks: int = 200
+    """Most masks per picture; the best are kept."""
+    min_mask_region_area: int = 0
+    """Keep masks with more pixels than this."""
+    points_per_side: int = 24
+    """Prompts along each side of a picture and of each crop."""
+    points_per_batch: int = 256
+    """Prompts at once."""
+    pred_iou_thresh: float = 0.75
+    """Least quality by the model's own estimate."""
+    stability_score_thresh: float = 0.75
+    """Least stability under another threshold."""
+    crop_n_layers: int = 1
+    """Layers of crops: 1 looks at four overlapping crops, too; 0 at the whole picture only."""
+    legacy_corner: bool = False
+    """Fill holes as published, from the corner (0, 0) only, which floods some masks."""
+
+
+@dataclass
+class MatcherConfig:
+    """How proposals get labels."""
+
+    checkpoint_config: str = "checkpoints/config.yaml"
+    """File that names the CLIP checkpoints."""
+    clip_model: str = "georsclip"
+    """Name in --checkpoint_config; tiny: small random weights, to try the commands."""
+    crop_scale: float = 1.2
+    """Side of the crop that CLIP sees, as a multiple of the box."""
+    clip_batch: int = 200
+    """Crops at once."""
+    rp_thr: float = 0.0
+    """Least score of a proposal."""
+    assigned_score: bool = False
+    """Write the similarity of the given label as the score, not the largest over all labels (published)."""
+
+
+@dataclass
+class ProposeConfig(ProposerConfig, DeviceConfig, InputConfig):
+    """Propose masks for pictures: one file for the data set, resumable picture by picture."""
+
+    rp_save_path: str = ""
+    """Output file; empty: ./region_proposals/<data set>/<name of the sizes>.json."""
+
+    def validate(self) -> list[str]:
+        """One sentence per fault."""
+        return InputConfig.validate(self) + proposer_faults(self)
+
+
+@dataclass
+class MatchConfig(MatcherConfig, DeviceConfig, InputConfig):
+    """Give labels to proposals so that the counts hold."""
+
+    count_dir: str = ""
+    """Folder of count files."""
+    counts: str = ""
+    """Instead of --count_dir: "ship=3,plane=2" for every picture, or a JSON file."""
+    rp_path: str = ""
+    """Proposal file."""
+    setting: Setting = "open_ended"
+    """open_vocabulary keeps the labels that are classes of the data set and writes category_id."""
+    save_path: str = ""
+    """Output file; empty: ./results/<data set>/<setting>/coco_preds/<counts>_<proposals>_<clip>_preds_coco.json."""
+
+    def validate(self) -> list[str]:
+        """One sentence per fault."""
+        faults = InputConfig.validate(self)
+        if bool(self.count_dir) == bool(self.counts):
+            faults.append("give either --count_dir FOLDER or --counts")
+        if self.count_dir and not Path(self.count_dir).is_dir():
+            faults.append(f"--count_dir {self.count_dir}: there is no such folder")
+        if not Path(self.rp_path).is_file():
+            faults.append(f"--rp_path {self.rp_path or '(not given)'}: there is no such file")
+        return faults + matcher_faults(self)
+
+
+@dataclass
+class RunConfig(MatcherConfig, ProposerConfig, DeviceConfig, AskConfig, InputConfig):
+    """From pictures and words to labelled masks: counts, proposals, predictions, overlays, COCO, GeoJSON.
+
+    A run that was broken off goes on where it stopped.
+    """
+
+    out: str = "./instructsam_output"
+    """Output folder."""
+    counts: str = ""
+    """Counts by hand instead of a language model: "ship=3,plane=2" for every picture, or a JSON file:
+    {"ship": 3} or {"picture.png": {"ship": 3}, ...}."""
+    tiny: bool = False
+    """Small random weights for proposer and CLIP: shows what comes out, without any download."""
+    draw: bool = True
+    """Write a picture with masks, boxes and labels for every picture."""
+
+    def validate(self) -> list[str]:
+        """One sentence per fault."""
+        faults = InputConfig.validate(self) + AskConfig.validate(self)
+        sources = (self.counts, self.base_url, self.pretrained_model_name_or_path)
+        if sum(map(bool, sources)) != 1:
+            faults.append("counts come from one of --counts, --base_url, --pretrained_model_name_or_path")
+        if self.tiny:
+            return faults
+        return faults + proposer_faults(self) + matcher_faults(self)
+
+
+def proposer_faults(config: ProposerConfig) -> list[str]:
+    """Faults of the settings of the proposer, one sentence each."""
+    faults = []
+    if config.proposer != "tiny" and not Path(config.sam2_checkpoint).is_file():
+        given = config.sam2_checkpoint or "(not given)"
+        faults.append(f"--sam2_checkpoint {given}: there is no such file; --proposer tiny needs none")
+    for name in ("max_masks", "points_per_side", "points_per_batch"):
+        if getattr(config, name) < 1:
+            faults.append(f"--{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("min_mask_region_area", "crop_n_layers"):
+        if getattr(config, name) < 0:
+            faults.append(f"--{name} is {getattr(config, name)}; it must not be negative")
+    return faults
+
+
+def matcher_faults(config: MatcherConfig) -> list[str]:
+    """Faults of the settings of the matcher, one sentence each."""
+    faults = []
+    if config.clip_model != "tiny" and not Path(config.checkpoint_config).is_file():
+        faults.append(f"--checkpoint_config {config.checkpoint_config}: there is no such file")
+    for name in ("crop_scale", "clip_batch"):
+        if getattr(config, name) <= 0:
+            faults.append(f"--{name} is {getattr(config, name)}; it must be above 0")
+    return faults
 
 
 def api_key(variable: str) -> str:
