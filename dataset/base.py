@@ -1,6 +1,7 @@
 """What all readers share: faults of data files, and the data set of samples drawn by (index, epoch, seed)."""
 
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dataset.draws import Draws, Rng
 from dataset.masks import Raster
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick, Templates, load_templates
@@ -50,6 +52,10 @@ class DataError(ValueError):
     def __init__(self, file: StrPath, field: str, message: str) -> None:
         self.fault = Fault(str(file), field, message)
         super().__init__(str(self.fault))
+
+
+class NothingToAsk(DataError):
+    """A sound picture without anything to ask about; training draws another one."""
 
 
 def settle(faults: Sequence[Fault], strict: bool, what: str) -> None:
@@ -96,6 +102,8 @@ class ReadOptions:
     templates: built-in set, file, or Templates.
     prompt: how evaluation prompts end.
     raster: how polygons of GRES-like files are filled.
+    overlap: what overlapping parts of one outline become in the REFER format: 1 (`union`) or their number
+        (`sum`, as published).
     respect_ignore: keep 255 in masks so that those pixels do not count. False makes them background; None is
         the format's default (GRES-like: False, as published; others: True).
     strict: an unusable file stops the reader instead of being skipped.
@@ -106,6 +114,8 @@ class ReadOptions:
     keep_empty: evaluation keeps GRES-like files without any target, as questions whose answer is "nothing".
     all_texts: evaluation asks every text of a GRES-like file instead of the first.
     list_file: names of the files of a split (one per line).
+    index: where large splits keep what was read, for the next start: `auto`, `off`, or a folder
+        (`dataset.index`).
     augment: training on semantic folders only: smallest share of the sides that a random crop keeps, with
         random quarter turns and mirroring (questions about land cover mean the same in every orientation).
         1 turns and mirrors without cropping, 0 leaves pictures as they are.
@@ -117,6 +127,7 @@ class ReadOptions:
     templates: Templates | str | None = None
     prompt: Prompt = "forced"
     raster: Raster = "official"
+    overlap: Literal["union", "sum"] = "union"
     respect_ignore: bool | None = None
     strict: bool = False
     absent_rate: float = 0.15
@@ -124,6 +135,7 @@ class ReadOptions:
     keep_empty: bool = False
     all_texts: bool = False
     list_file: str | None = None
+    index: str = "auto"
     augment: float = 0.0
 
     def __post_init__(self) -> None:
@@ -132,6 +144,8 @@ class ReadOptions:
             faults.append(f"num_per_image must be at least 1, found {self.num_per_image}")
         if self.prompt not in PROMPTS:
             faults.append(f"prompt {self.prompt!r} is none of {', '.join(PROMPTS)}")
+        if self.overlap not in ("union", "sum"):
+            faults.append(f"overlap {self.overlap!r} is none of union, sum")
         for name in ("absent_rate", "confirm_absent", "augment"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} must be in 0..1, found {getattr(self, name)}")
@@ -142,19 +156,23 @@ class ReadOptions:
 class ConversationData(Dataset[Sample]):
     """Samples of one source. `draw(index, epoch, seed)` depends on its arguments alone.
 
-    Subclasses fill `self.faults` while reading and implement `__len__` and `_sample`.
+    Subclasses fill `self.faults` while reading and implement `__len__` and `_sample`. Those that are
+    `published` make their draws from either generator of `dataset.draws`.
     """
+
+    published = False
 
     def __init__(self, name: str, options: ReadOptions) -> None:
         self.name, self.options = name, options
         source = options.templates
         self.templates = source if isinstance(source, Templates) else load_templates(source)
         self.faults: list[Fault] = []
+        self.strict = options.strict
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def _sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def _sample(self, index: int, rng: Rng) -> Sample:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Sample:
@@ -180,6 +198,10 @@ class ConversationData(Dataset[Sample]):
             place = (index + step) % len(self)
             try:
                 return self._sample(place, np.random.default_rng((seed, epoch, place)))
+            except NothingToAsk as error:
+                if not self.options.train:
+                    raise ValueError(f"{self.name}, picture {place}: {error}") from error
+                logger.debug("%s, picture %d is left out: %s", self.name, place, error)
             except (ValueError, OSError) as error:
                 if self.options.strict or not self.options.train:
                     raise ValueError(f"{self.name}, picture {place}: {error}") from error
@@ -187,6 +209,17 @@ class ConversationData(Dataset[Sample]):
         raise ValueError(
             f"{self.name}: none of the {len(self)} pictures can be read; run validate_data.py on it"
         )
+
+    def official(self, rng: random.Random, index: int | None = None) -> Sample:
+        """One draw as the published loader makes it with Python's generator in the state of `rng`.
+
+        Args:
+            rng: used up as the published calls use it up. Formats without a published loader take a picture
+                and a seed from it.
+            index: the picture in evaluation; training draws it.
+        """
+        place = Draws(rng).place(len(self)) if index is None else index
+        return self._sample(place, rng) if self.published else self.draw(place, seed=rng.getrandbits(31))
 
     def _settle(self) -> None:
         """To be called when all files are listed."""
@@ -197,9 +230,11 @@ class ConversationData(Dataset[Sample]):
                 f"{self.name}: no usable picture{first}; run validate_data.py on the folder for the reasons"
             )
 
-    def _pick(self, key: str, rng: np.random.Generator) -> Pick:
-        """Random in training; fixed by the key in evaluation."""
-        return Pick(rng) if self.options.train else Pick(key=f"{self.options.seed}:{key}")
+    def _pick(self, key: str, rng: Rng) -> Pick | Draws:
+        """Random in training and for draws as published; otherwise fixed by the key."""
+        if self.options.train or isinstance(rng, random.Random):
+            return Draws(rng)
+        return Pick(key=f"{self.options.seed}:{key}")
 
     def _ignore(self, masks: np.ndarray, default: bool) -> np.ndarray:
         """Masks with 255 kept or turned into background."""

@@ -8,6 +8,7 @@ Folder layouts, both found by `find_split`:
 import json
 import logging
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from dataset.base import ConversationData, DataError, Fault, ReadOptions, picture_size
+from dataset.draws import Draws, Rng
 from dataset.image import load_rgb
+from dataset.index import Inputs, Listing, indexed
 from dataset.masks import Raster, Shape, check_raster, rasterise, ring_array, touches
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick
@@ -288,6 +291,48 @@ def _entry(path: Path, pictures: Path, only_beside: bool) -> Entry:
     return Entry(path, picture, annotation, size)
 
 
+def open_split(
+    folders: SplitFolders, only_beside: bool, index: str, root: StrPath
+) -> tuple[list[Entry], list[Fault]]:
+    """`read_split` behind an index (`dataset.index.indexed`)."""
+
+    def build() -> Listing:
+        entries, faults = read_split(folders, only_beside)
+        return Listing([_stored(entry) for entry in entries], faults=faults)
+
+    files = (folders.list_file,) if folders.list_file else ()
+    inputs = Inputs(files, tuple(dict.fromkeys((folders.annotations, folders.pictures))))
+    name = f"gres-{folders.annotations.parent.name}-{folders.annotations.name}"
+    listing = indexed(name, inputs, build, index, root, only_beside=only_beside)
+    return [_restored(item) for item in listing.items], listing.faults
+
+
+def _stored(entry: Entry) -> dict[str, Any]:
+    """An entry as JSON values."""
+    annotation = entry.annotation
+    return {
+        "json": str(entry.json_path),
+        "image": str(entry.image_path),
+        "size": list(entry.size),
+        "texts": list(annotation.texts),
+        "is_sentence": annotation.is_sentence,
+        "shapes": [[shape.label, shape.points.tolist()] for shape in annotation.shapes],
+        "false_premises": [[p.question, p.is_sentence, p.answer] for p in annotation.false_premises],
+        "image_name": annotation.image_name,
+    }
+
+
+def _restored(item: dict[str, Any]) -> Entry:
+    annotation = Annotation(
+        tuple(item["texts"]),
+        item["is_sentence"],
+        tuple(Shape(label, np.array(points, np.float64).reshape(-1, 2)) for label, points in item["shapes"]),
+        tuple(FalsePremise(*premise) for premise in item["false_premises"]),
+        item["image_name"],
+    )
+    return Entry(Path(item["json"]), Path(item["image"]), annotation, tuple(item["size"]))
+
+
 # ----------------------------------------------------------------------------------------------- data set
 
 
@@ -305,6 +350,8 @@ class GresData(ConversationData):
         false_premise: draw false premises in training (default: only for the name ReasonSeg).
     """
 
+    published = True
+
     def __init__(
         self,
         root: StrPath,
@@ -318,7 +365,7 @@ class GresData(ConversationData):
         self.false_premise = name == "ReasonSeg" if false_premise is None else false_premise
         self.entries: list[Entry] = []
         for folders in _split_folders(root, name, splits, options.list_file):
-            entries, faults = read_split(folders, only_beside=name == "ReasonSeg")
+            entries, faults = open_split(folders, name == "ReasonSeg", options.index, root)
             self.faults += faults
             for entry in entries:
                 if not entry.annotation.has_target and (options.train or not options.keep_empty):
@@ -331,34 +378,32 @@ class GresData(ConversationData):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def _sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def _sample(self, index: int, rng: Rng) -> Sample:
         entry = self.entries[index]
         image = load_rgb(entry.image_path)
         mask = self._ignore(entry.annotation.mask(*image.shape[:2], self.options.raster), default=False)[None]
         build = self._train_conversations if self.options.train else self._eval_conversations
         conversations = build(entry, mask, rng)
+        published_slip = self.options.train and isinstance(rng, random.Random)
         for number, conversation in enumerate(conversations):
-            conversation.ref_id, conversation.sent_id = index, number
+            conversation.ref_id = len(conversations) - 1 if published_slip else index
+            conversation.sent_id = number
         return Sample(str(entry.image_path), image, conversations)
 
-    def _train_conversations(
-        self, entry: Entry, mask: np.ndarray, rng: np.random.Generator
-    ) -> list[Conversation]:
-        annotation, pick = entry.annotation, self._pick("", rng)
-        if self.false_premise and annotation.false_premises and rng.random() < self.options.absent_rate:
+    def _train_conversations(self, entry: Entry, mask: np.ndarray, rng: Rng) -> list[Conversation]:
+        annotation, draws, count = entry.annotation, Draws(rng), self.options.num_per_image
+        premises = annotation.false_premises
+        denies = (
+            (premises or draws.official) and self.false_premise and draws.chance(self.options.absent_rate)
+        )
+        texts = draws.choose(annotation.texts, count)
+        chosen = draws.choose(premises, count) if denies else []
+        if chosen:
             nothing = np.zeros((0, *mask.shape[1:]), np.uint8)
-            return [
-                self._false(premise, nothing, pick)
-                for premise in _choose(annotation.false_premises, self.options.num_per_image, rng)
-            ]
-        return [
-            self._true(annotation, text, mask, pick)
-            for text in _choose(annotation.texts, self.options.num_per_image, rng)
-        ]
+            return [self._false(premise, nothing, draws) for premise in chosen]
+        return [self._true(annotation, text, mask, draws) for text in texts]
 
-    def _eval_conversations(
-        self, entry: Entry, mask: np.ndarray, rng: np.random.Generator
-    ) -> list[Conversation]:
+    def _eval_conversations(self, entry: Entry, mask: np.ndarray, rng: Rng) -> list[Conversation]:
         annotation = entry.annotation
         texts = annotation.texts if self.options.all_texts else annotation.texts[:1]
         conversations = []
@@ -371,13 +416,13 @@ class GresData(ConversationData):
             conversations.append(self._false(premise, nothing, pick))
         return conversations
 
-    def _true(self, annotation: Annotation, text: str, mask: np.ndarray, pick: Pick) -> Conversation:
+    def _true(self, annotation: Annotation, text: str, mask: np.ndarray, pick: Pick | Draws) -> Conversation:
         question = self.templates.question(text, annotation.is_sentence, pick)
-        answer = pick(self.templates.long_answer)
+        answer = pick(self.templates.long_answer) if self._mask_per_seg else ""
         turns = [(question, answer)] if self.options.train else self._eval_turns(question, answer)
         return Conversation(turns, mask, query=text, exists=annotation.has_target, kind="reason")
 
-    def _false(self, premise: FalsePremise, masks: np.ndarray, pick: Pick) -> Conversation:
+    def _false(self, premise: FalsePremise, masks: np.ndarray, pick: Pick | Draws) -> Conversation:
         question = self.templates.question(premise.question, premise.is_sentence, pick, lower=False)
         train = self.options.train
         turns = [(question, premise.answer)] if train else self._eval_turns(question, premise.answer)
@@ -392,13 +437,6 @@ def _split_folders(root: StrPath, name: str, splits: str, list_file: str | None)
         if "_" not in splits:
             raise
         return [find_split(root, name, split, list_file) for split in splits.split("_")]
-
-
-def _choose(items: tuple[Any, ...], count: int, rng: np.random.Generator) -> list[Any]:
-    """`count` of the items in random order, or all in order where there are fewer."""
-    if len(items) < count:
-        return list(items)
-    return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
 def target_extent(annotation: Annotation) -> tuple[float, float, float, float] | None:

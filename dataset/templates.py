@@ -17,7 +17,7 @@ import ast
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,9 @@ from dataset.text import IMAGE_TOKEN, SEG_TOKEN
 from utils.io import StrPath, read_json
 
 logger = logging.getLogger(__name__)
+
+Picker = Callable[[tuple[str, ...]], str]
+"""Chooses a template of a family: a `Pick`, or a reader's `Draws`."""
 
 BUILT_IN = ("default", "tiny")
 _FOLDER = Path(__file__).parent / "template_files"
@@ -63,19 +66,19 @@ class Templates:
         """Denials that name nothing, for queries that are sentences (all of them where there is none)."""
         return tuple(t for t in self.denial if _NAME_SLOT not in t) or self.denial
 
-    def question(self, query: str, is_sentence: bool, pick: "Pick", lower: bool = True) -> str:
+    def question(self, query: str, is_sentence: bool, pick: Picker, lower: bool = True) -> str:
         """User text for a query: a sentence as it is, a name in lower case where `lower`."""
         if is_sentence:
             return pick(self.long_question).replace(_SENTENCE_SLOT, query)
         return pick(self.short_question).replace(_NAME_SLOT, query.lower() if lower else query)
 
-    def answer(self, query: str, is_sentence: bool, pick: "Pick", masks: int = 1) -> str:
+    def answer(self, query: str, is_sentence: bool, pick: Picker, masks: int = 1) -> str:
         """Confirmation with one `[SEG]` per mask, joined by "and"."""
         text = pick(self.long_answer if is_sentence else self.short_answer)
         text = text.replace(_NAME_SLOT, query.strip().lower())
         return text if masks == 1 else text.replace(SEG_TOKEN, " and ".join([SEG_TOKEN] * masks))
 
-    def deny(self, query: str, is_sentence: bool, pick: "Pick", found: str | None = None) -> str:
+    def deny(self, query: str, is_sentence: bool, pick: Picker, found: str | None = None) -> str:
         """Denial, or a correction that names what is there instead (`found`)."""
         name = query.strip().lower()
         if found is not None:

@@ -168,7 +168,7 @@ def test_all_faults_of_data_and_base_together(config: TrainLisatConfig) -> None:
     with pytest.raises(ConfigError) as caught:
         open_setup(wrong)
     text = str(caught.value)
-    for part in ("no such template", "missing|train", "refer_seg has no reader", "missing|val", "takes 64"):
+    for part in ("no such template", "missing|train", "refs(unc).p", "missing|val", "takes 64"):
         assert part in text
     assert len(caught.value.faults) == 5
     setup = open_setup(replace(config, dataset="synthetic|train||missing|train", skip_missing_data=True))

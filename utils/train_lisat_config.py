@@ -1,6 +1,6 @@
 """Command line of LISAT training: the published flags, and ours (torch-free, so that `--help` is fast)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,19 +22,34 @@ FAMILIES = (
 
 @dataclass
 class TrainLisatConfig(EngineConfig):
-    """Train LISAT: LoRA, the mask decoder, text_hidden_fcs and the vocabulary matrices."""
+    """Train LISAT: LoRA, the mask decoder, text_hidden_fcs and the vocabulary matrices.
+    With --stage align and --stage instruct: LISAT_PRE, the captioning base."""
 
     exp_name: str = "LISAT"
     """Name of this run; its directory is log_base_dir/exp_name."""
+    stage: Literal["segmentation", "align", "instruct"] = "segmentation"
+    """segmentation: LISAT from LISAT_PRE. LISAT_PRE itself (no masks): align trains the projector alone on
+    captions; instruct trains the projector and the language model (LoRA, or all of it with --lora_r 0)."""
+    best_metric: str = ""
+    """Validation figure that decides which checkpoint is the best: the largest, or the smallest of a loss.
+    Empty: giou, or loss in the stages align and instruct."""
 
     version: str = "./LISAt_PRE-7b"
-    """Base to start from: a LISAT_PRE folder, our base, or an earlier LISAT."""
+    """Base to start from: a LISAT_PRE folder, our base, or an earlier LISAT (align, instruct: or a Llama)."""
     vision_tower: str = ""
     """Tower folder or OpenCLIP file; empty = where the base says."""
     tower_activation: Literal["", "gelu", "quick_gelu"] = ""
     """Activation of a tower without config.json."""
     vision_pretrained: str = SAM_PLACEHOLDER
     """SAM's weights; not read if the base holds a trained SAM."""
+    low_precision_pe: bool = False
+    """SAM's positional codes in bf16 (fp16), as in the published runs, instead of fp32."""
+    projector: str = ""
+    """Trained projector to use instead of the base's: a run of --stage align, or LLaVA's mm_projector.bin."""
+    projector_type: str = ""
+    """Type of a fresh projector (linear, mlp2x_gelu, ...); empty = the base's, else mlp2x_gelu."""
+    reinit_projector: bool = False
+    """align, instruct: start the projector afresh."""
     reinit_seg_modules: bool = False
     """Start SAM and text_hidden_fcs afresh although the base has trained ones (the published behaviour)."""
     load_in_8bit: bool = False
@@ -78,6 +93,9 @@ class TrainLisatConfig(EngineConfig):
     """Data set of the family geo_reason_seg."""
     val_dataset: str = "GeoReasonSeg|val"
     """Data set of the validation during training."""
+    val_sampling: Literal["every", "official"] = "every"
+    """every: each picture once, questions fixed by its name; official: random pictures with replacement,
+    random questions and answers, other ones each time, as published."""
     val_batch_size: int = 1
     """Images per process in validation."""
     val_limit: int = 0
@@ -90,8 +108,16 @@ class TrainLisatConfig(EngineConfig):
     """How polygons of GRES-like files become masks."""
     confirm_absent: float = 0.0
     """Own annotations: share of absent things answered by [SEG] and an empty mask instead of a denial."""
+    respect_ignore: bool = False
+    """Leave ignore regions of GRES-like files out of the losses; off: background, as published."""
     augment: float = 0.0
     """Semantic folders: smallest share of the sides kept by random crops, with turns and mirrors; 0 = off."""
+    overlap: Literal["union", "sum"] = "union"
+    """Overlapping parts of one outline in the REFER sets: 1, or their number (as published)."""
+    sampling: Literal["seeded", "official"] = "seeded"
+    """How to draw: ours, or the calls of the published loaders in their order."""
+    data_index: str = "auto"
+    """Where large data sets keep what was read, for fast starts: auto (beside the data), off, or a folder."""
     strict_data: bool = False
     """Stop at the first unusable data file instead of leaving it out."""
     cache_image_embeddings: str = ""
@@ -128,6 +154,11 @@ class TrainLisatConfig(EngineConfig):
     """Accepted for old command lines; captions are scored after training."""
     vqa_eval_file_ucm: str = "./dataset/vqa_caption/UCM-Captions.jsonl"
     """Accepted for old command lines; captions are scored after training."""
+
+    def settled(self) -> "TrainLisatConfig":
+        """These settings with those filled in that depend on the stage."""
+        metric = self.best_metric or ("giou" if self.stage == "segmentation" else "loss")
+        return replace(self, best_metric=metric)
 
     def sources(self) -> list[tuple[str, str, float]]:
         """(entry of --dataset, data set it stands for, share) of every training data set.
@@ -173,6 +204,7 @@ class TrainLisatConfig(EngineConfig):
         for name in ("augment", "confirm_absent"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"--{name} must lie between 0 and 1, found {getattr(self, name)}")
+        faults += self._stage_faults()
         if self.augment and self.cache_image_embeddings:
             faults.append("--augment changes the pictures, so --cache_image_embeddings must be empty")
         if not 0 <= self.lora_dropout < 1:
@@ -181,13 +213,38 @@ class TrainLisatConfig(EngineConfig):
             faults.append("--cache_image_embeddings needs --zero_stage 0, 1 or 2 (3 splits SAM's weights)")
         return faults + self._missing_files()
 
+    def _stage_faults(self) -> list[str]:
+        """Settings that mean nothing in this stage."""
+        faults = []
+        if self.stage == "segmentation":
+            if self.reinit_projector or self.projector_type:
+                faults.append("--reinit_projector, --projector_type: the projector trains in --stage align")
+            if self.low_precision_pe and self.precision == "fp32":
+                faults.append("--low_precision_pe has no effect with --precision fp32; use bf16 or fp16")
+            return faults
+        for name in (
+            "reinit_seg_modules",
+            "new_rows_only",
+            "cache_image_embeddings",
+            "low_precision_pe",
+            "respect_ignore",
+        ):
+            if getattr(self, name):
+                faults.append(f"--{name} is for --stage segmentation, this is --stage {self.stage}")
+        if self.val_sampling != "every":
+            faults.append(f"--val_sampling {self.val_sampling} is for --stage segmentation")
+        if self.val_dataset == TrainLisatConfig.val_dataset and not self.no_eval:
+            faults.append(
+                f"--val_dataset: --stage {self.stage} needs held-out answers in words, for example "
+                "'vqa:FILE|PICTURES', or --no_eval"
+            )
+        return faults
+
     def _missing_files(self) -> list[str]:
         faults = []
-        named = [
-            ("version", "base folder"),
-            ("vision_tower", "vision tower"),
-            ("vision_pretrained", "SAM file"),
-        ]
+        named = [("version", "base folder"), ("vision_tower", "vision tower"), ("projector", "projector")]
+        if self.stage == "segmentation":
+            named.append(("vision_pretrained", "SAM file"))
         for field, what in named:
             name = getattr(self, field)
             if name and name != SAM_PLACEHOLDER:

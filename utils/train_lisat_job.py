@@ -2,17 +2,18 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.base import ReadOptions
 from dataset.collate import Collator
-from dataset.mixture import Mixture
-from dataset.registry import load_dataset
+from dataset.hybrid import Hybrid
+from dataset.registry import load_dataset, load_family
 from dataset.sample import Sample
 from dataset.text import CONV, IGNORE_INDEX, SEG_TOKEN, Tokenizer
 from model.checkpoint import add_lisat_tokens, describe_base, load_base
@@ -30,6 +31,18 @@ from utils.optim import parameter_groups
 from utils.run_dir import environment, setup_logging
 from utils.sampling import BatchPlan, KeyedDataset, SizedData
 from utils.train_lisat_config import FAMILIES, TrainLisatConfig
+from utils.train_lisat_data import (
+    InWords,
+    Joined,
+    Prepared,
+    RandomDraws,
+    Scorable,
+    answers_in_words,
+    as_caption,
+    shared_batches,
+    shows_image,
+)
+from utils.train_lisat_language import LanguageValidation, build_language_model, describe_language, mark_stage
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +56,7 @@ class Setup:
     tokenizer: Tokenizer
     collate: Collator
     train_data: SizedData
-    val_data: "Scorable | None"
+    val_data: Dataset[Sample] | None
 
 
 def dry_run(config: TrainLisatConfig) -> dict[str, Any]:
@@ -53,6 +66,7 @@ def dry_run(config: TrainLisatConfig) -> dict[str, Any]:
         ConfigError: every fault found, together.
     """
     env = read_environment()
+    config = config.settled()
     setup = open_setup(config)
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
     return preflight(setup, world) | model_facts(setup) | environment()
@@ -66,6 +80,7 @@ def train(config: TrainLisatConfig) -> TrainResult:
         NonFiniteLoss: see Engine.run.
     """
     setup_logging(read_environment()["RANK"] == "0")
+    config = config.settled()
     setup = open_setup(config)
     world = init_distributed(config.device)
     try:
@@ -78,7 +93,7 @@ def train(config: TrainLisatConfig) -> TrainResult:
             world,
             setup.train_data,
             setup.collate,
-            validate=Validation(setup) if setup.val_data is not None else None,
+            validate=validation(setup),
             prepare=CachedEmbeddings(config.cache_image_embeddings)
             if config.cache_image_embeddings
             else None,
@@ -97,22 +112,19 @@ def open_setup(config: TrainLisatConfig) -> Setup:
     try:
         version = resolve(config.version, what="base folder")
         tokenizer = Tokenizer.from_pretrained(version, model_max_length=config.model_max_length)
-        add_lisat_tokens(tokenizer, config.use_mm_start_end)
-        check_seg_token(tokenizer)
-        lisat = describe_base(config.version, config.vision_pretrained, **_base_options(config))
-        if config.image_size not in (0, lisat.sam.image_size):
-            raise ValueError(f"--image_size {config.image_size}: this SAM takes {lisat.sam.image_size}")
-        processor = find_processor(config.version, lisat.sam.image_size, config.vision_tower or None)
+        if config.stage == "segmentation":
+            lisat = _describe_lisat(config, tokenizer)
+        else:
+            lisat = describe_language(config, tokenizer)
+        side = None if lisat.sam is None else lisat.sam.image_size
+        processor = find_processor(config.version, side, config.vision_tower or None)
     except (ValueError, OSError) as error:
         faults.append(str(error))
     parts, rates = _open_parts(config, faults)
     val_data = None
     if not config.no_eval:
         try:
-            options = _read_options(config, train=False)
-            val_data = Scorable(
-                load_dataset(config.val_dataset, config.dataset_dir, options), config.val_limit
-            )
+            val_data = _open_validation(config)
         except (ValueError, OSError) as error:
             faults.append(f"--val_dataset: {error}")
     if faults:
@@ -123,10 +135,46 @@ def open_setup(config: TrainLisatConfig) -> Setup:
         conv_type=config.conv_type,
         model_max_length=config.model_max_length,
         num_patches=lisat.num_image_features,
-        im_start_end=config.use_mm_start_end,
+        im_start_end=lisat.mm_use_im_start_end,
+        sam_stream=lisat.sam is not None,
     )
-    data = parts[0] if len(parts) == 1 else Mixture(parts, rates)
-    return Setup(config, lisat, tokenizer, collate, data, val_data)
+    if config.stage == "segmentation" or config.sample_rates:
+        alone = len(parts) == 1 and config.sampling == "seeded"
+        data = parts[0] if alone else Hybrid(parts, rates, config.sampling)
+    else:
+        data = Joined(parts)
+    return Setup(config, lisat, tokenizer, collate, Prepared(data, collate.fits, *_choice(config)), val_data)
+
+
+def _describe_lisat(config: TrainLisatConfig, tokenizer: Tokenizer) -> LisatConfig:
+    """The configuration of the LISAT to train; its tokens are added to the tokenizer."""
+    add_lisat_tokens(tokenizer, config.use_mm_start_end)
+    check_seg_token(tokenizer)
+    lisat = describe_base(config.version, config.vision_pretrained, **_base_options(config))
+    lisat.mm_use_im_start_end = config.use_mm_start_end
+    if config.image_size not in (0, lisat.sam.image_size):
+        raise ValueError(f"--image_size {config.image_size}: this SAM takes {lisat.sam.image_size}")
+    return lisat
+
+
+def _choice(config: TrainLisatConfig) -> tuple[Any, Any]:
+    """Which conversations the stage learns from (None = all), and what it makes of them."""
+    if config.stage == "segmentation":
+        return None, None
+    change = as_caption if config.conv_type == "plain" else None
+    return shows_image if config.stage == "align" else answers_in_words, change
+
+
+def _open_validation(config: TrainLisatConfig) -> Dataset[Sample]:
+    """The samples that `--val_dataset` gives to the stage's validation."""
+    random = config.val_sampling == "official"
+    options = _read_options(config, train=random)
+    if random:
+        options = replace(options, num_per_image=3, absent_rate=0.0, augment=0.0)
+    data = load_dataset(config.val_dataset, config.dataset_dir, options)
+    if config.stage != "segmentation":
+        return InWords(data, config.val_limit, *_choice(config))
+    return RandomDraws(data, config.val_limit, config.seed) if random else Scorable(data, config.val_limit)
 
 
 def check_seg_token(tokenizer: Tokenizer) -> None:
@@ -153,7 +201,8 @@ def preflight(setup: Setup, world: World) -> dict[str, Any]:
         "validation_images": len(setup.val_data) if setup.val_data is not None else 0,
         "effective_batch": f"{plan.global_batch} ({config.batch_size} x {accumulation} x {world.size})",
         "optimiser_steps": config.epochs * per_epoch,
-        "seg_token_id": setup.tokenizer.seg_token_id,
+        "stage": config.stage,
+        "seg_token_id": None if setup.lisat.sam is None else setup.tokenizer.seg_token_id,
         "vocabulary": len(setup.tokenizer),
         "first_batch": {
             "rows": len(batch["input_ids"]),
@@ -170,9 +219,10 @@ def model_facts(setup: Setup) -> dict[str, Any]:
     from model.assembly import build_on_meta
 
     lisat = setup.lisat
-    rows = max(lisat.llm["vocab_size"], len(setup.tokenizer))
-    lisat.llm = {**lisat.llm, "vocab_size": rows}
-    lisat.seg_token_id = setup.tokenizer.seg_token_id
+    if lisat.sam is not None:
+        rows = max(lisat.llm["vocab_size"], len(setup.tokenizer))
+        lisat.llm = {**lisat.llm, "vocab_size": rows}
+        lisat.seg_token_id = setup.tokenizer.seg_token_id
     with torch.device("meta"):
         model = _mark(build_on_meta(lisat), setup.config)
     groups = parameter_groups(model, setup.config.multipliers(), setup.config.weight_decay)
@@ -184,6 +234,8 @@ def model_facts(setup: Setup) -> dict[str, Any]:
 def build_model(setup: Setup) -> nn.Module:
     """The base with LoRA and the published trainable set, its weights read."""
     config = setup.config
+    if config.stage != "segmentation":
+        return build_language_model(config, setup.lisat)
     model, lisat = load_base(
         config.version,
         config.vision_pretrained,
@@ -205,22 +257,14 @@ def build_model(setup: Setup) -> nn.Module:
     return model
 
 
-class Scorable(Dataset[Sample]):
-    """Evaluation samples reduced to what a teacher-forced pass can score: answers that hold `[SEG]`."""
-
-    def __init__(self, data: Any, limit: int = 0) -> None:
-        self.data = data
-        self.length = min(len(data), limit or len(data))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index` with its conversations that have a mask; if there is none, one without its mask."""
-        sample = self.data[index]
-        kept = [c for c in sample.conversations if any(SEG_TOKEN in (answer or "") for _, answer in c.turns)]
-        first = sample.conversations[0]
-        return Sample(sample.image_path, sample.image, kept or [replace(first, masks=first.masks[:0])])
+def validation(setup: Setup) -> Callable[[Engine], dict[str, float]] | None:
+    """The validation of the stage; None without validation data."""
+    if setup.val_data is None:
+        return None
+    if setup.config.stage == "segmentation":
+        return Validation(setup)
+    config = setup.config
+    return LanguageValidation(setup.val_data, setup.collate, config.val_batch_size, config.workers)
 
 
 class Validation:
@@ -233,26 +277,16 @@ class Validation:
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """gIoU, cIoU and the numbers of images and masks behind them; equal in all processes."""
-        size, world = len(self.data), engine.world
-        share = list(range(world.rank, size, world.size))
-        share += [0] * (math.ceil(size / world.size) - len(share))  # as many passes in every process (ZeRO-3)
-        loader = DataLoader(
-            self.data,
-            batch_size=self.config.val_batch_size,
-            sampler=share,
-            collate_fn=self.collate,
-            num_workers=self.config.workers,
-            multiprocessing_context="fork" if self.config.workers else None,
-            generator=torch.Generator().manual_seed(0),
-        )
-        meters, left = ValidationMeters(), len(range(world.rank, size, world.size))
-        for batch in loader:
+        official = isinstance(self.data, RandomDraws)
+        if official:
+            self.data.number = engine.step
+        size, workers = self.config.val_batch_size, self.config.workers
+        meters = ValidationMeters()
+        for batch, images in shared_batches(self.data, engine.world, self.collate, size, workers, official):
             logits = engine.infer(batch)["pred_masks"]
-            for path, prediction, masks in list(zip(batch["image_paths"], logits, batch["masks_list"]))[
-                :left
-            ]:
+            found = list(zip(batch["image_paths"], logits, batch["masks_list"]))
+            for path, prediction, masks in found[:images]:
                 meters.update(prediction, masks, path)
-            left = max(0, left - len(logits))
         return {name: float(value) for name, value in meters.reduce().result().items()}
 
 
@@ -280,9 +314,12 @@ def _open_parts(config: TrainLisatConfig, faults: list[str]) -> tuple[list[Any],
     parts, rates = [], []
     for entry, spec, rate in config.sources():
         try:
-            if entry in FAMILIES and not entry.endswith("reason_seg"):
-                raise ValueError(f"family {entry} has no reader; dataset/registry.py lists what has one")
-            parts.append(load_dataset(spec, config.dataset_dir, _read_options(config, train=True)))
+            options = _read_options(config, train=True)
+            if entry in FAMILIES:
+                part = load_family(entry, spec, config.dataset_dir, options, config.skip_missing_data)
+            else:
+                part = load_dataset(spec, config.dataset_dir, options)
+            parts.append(part)
             rates.append(rate)
         except (ValueError, OSError) as error:
             if config.skip_missing_data:
@@ -302,6 +339,9 @@ def _read_options(config: TrainLisatConfig, train: bool) -> ReadOptions:
         templates=config.templates,
         prompt="answer",
         raster=config.raster,
+        respect_ignore=True if config.respect_ignore else None,
+        overlap=config.overlap,
+        index=config.data_index,
         strict=config.strict_data,
         confirm_absent=config.confirm_absent if train else 0.0,
         augment=config.augment if train else 0.0,
@@ -313,12 +353,16 @@ def _base_options(config: TrainLisatConfig) -> dict[str, Any]:
         "vision_tower": config.vision_tower or None,
         "tower_activation": config.tower_activation or None,
         "reinit_seg_modules": config.reinit_seg_modules,
+        "low_precision_pe": config.low_precision_pe,
+        "projector": config.projector or None,
         "out_dim": config.out_dim or None,
     }
 
 
 def _mark(model: nn.Module, config: TrainLisatConfig) -> nn.Module:
     """Add LoRA and set what trains."""
+    if config.stage != "segmentation":
+        return mark_stage(model, config)
     if config.lora_r:
         targets = [name.strip() for name in config.lora_target_modules.split(",") if name.strip()]
         add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, targets)

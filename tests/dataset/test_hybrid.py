@@ -1,16 +1,18 @@
-"""Mixtures: shares, determinism, malformed settings."""
+"""Hybrids: shares, determinism, malformed settings."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from dataset.mixture import Mixture
+from dataset.hybrid import Hybrid
 from dataset.sample import Sample
 
 
 class Part:
     """A stand-in data set that reports how it was drawn."""
+
+    strict = False
 
     def __init__(self, name: str, length: int) -> None:
         self.name, self.length = name, length
@@ -24,7 +26,7 @@ class Part:
 
 
 def test_shares_and_determinism() -> None:
-    mixture = Mixture([Part("a", 3), Part("b", 5), Part("c", 2)], [6, 3, 0])
+    mixture = Hybrid([Part("a", 3), Part("b", 5), Part("c", 2)], [6, 3, 0])
     assert len(mixture) == 10
     drawn = [mixture.draw(index, epoch, seed=4).image_path for epoch in range(60) for index in range(10)]
     again = [mixture.draw(index, epoch, seed=4).image_path for epoch in range(60) for index in range(10)]
@@ -37,4 +39,4 @@ def test_shares_and_determinism() -> None:
 @pytest.mark.parametrize("rates", [[1], [1, -1], [0, 0]])
 def test_bad_rates(rates: list[float]) -> None:
     with pytest.raises(ValueError, match="rate"):
-        Mixture([Part("a", 1), Part("b", 1)], rates)
+        Hybrid([Part("a", 1), Part("b", 1)], rates)
