@@ -33,7 +33,7 @@ _SIMPLE = {
     "visual.ln_post.weight": "post_layernorm.weight",
     "visual.ln_post.bias": "post_layernorm.bias",
 }
-_BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.(.+)(weight|bias)")
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)(weight|bias)")
 _IN_BLOCK = {
     "ln_1.": "layer_norm1",
     "ln_2.": "layer_norm2",
@@ -58,14 +58,9 @@ def convert_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in _SIMPLE:
             tower[f"vision_tower.{_SIMPLE[name]}"] = tensor
             continue
-        match = _BLOCK.fullmatch(name)
-        layer = f"vision_tower.encoder.layers.{match[1]}." if match else ""
-        if match and match[2] == "attn.in_proj_":
-            for part, piece in zip("qkv", tensor.chunk(3)):
-                tower[f"{layer}self_attn.{part}_proj.{match[3]}"] = piece
-        elif match and match[2] in _IN_BLOCK:
-            tower[f"{layer}{_IN_BLOCK[match[2]]}.{match[3]}"] = tensor
-        else:
+        block = convert_block(name.removeprefix("visual."), tensor) if name.startswith("visual.") else {}
+        tower |= {f"vision_tower.{inner}": piece for inner, piece in block.items()}
+        if not block:
             unexpected.append(name)
     if unexpected:
         raise ValueError(
@@ -75,6 +70,20 @@ def convert_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not tower:
         raise ValueError("the file holds no OpenCLIP vision tower (no tensor named visual.*)")
     return tower
+
+
+def convert_block(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Tensors `encoder.layers.N.*` of one OpenCLIP tensor `transformer.resblocks.N.*` (the joint q, k, v
+    projection becomes three); empty for any other name."""
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+        return {}
+    layer = f"encoder.layers.{match[1]}."
+    if match[2] == "attn.in_proj_":
+        pieces = zip("qkv", tensor.chunk(3))
+        return {f"{layer}self_attn.{part}_proj.{match[3]}": piece for part, piece in pieces}
+    inner = _IN_BLOCK.get(match[2])
+    return {f"{layer}{inner}.{match[3]}": tensor} if inner else {}
 
 
 def is_open_clip(path: StrPath) -> bool:
@@ -88,10 +97,14 @@ def is_open_clip(path: StrPath) -> bool:
 
 def read_open_clip(path: StrPath) -> dict[str, Tensor]:
     """`convert_open_clip` of a file (`.pt` or safetensors)."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return convert_open_clip(dict(WeightFiles(path).tensors()))
-    return convert_open_clip(read_pickle(path, unwrap=OPEN_CLIP_WRAPPERS))
+    return convert_open_clip(read_open_clip_state(path))
+
+
+def read_open_clip_state(path: StrPath) -> dict[str, Tensor]:
+    """All tensors of an OpenCLIP file (`.pt`, `.bin` or safetensors) under the names it has."""
+    if Path(path).suffix == ".safetensors":
+        return dict(WeightFiles(path).tensors())
+    return read_pickle(path, unwrap=OPEN_CLIP_WRAPPERS)
 
 
 def save_tower_folder(
