@@ -31,6 +31,7 @@ def collate(
     num_patches: int | None = None,
     inference: bool = False,
     im_start_end: bool = True,
+    sam_stream: bool = True,
 ) -> Batch:
     """Make a batch.
 
@@ -44,11 +45,12 @@ def collate(
         num_patches: image features that replace the image token; needed with `model_max_length`.
         inference: no labels, nothing is cut, masks are the ground truth of the questions.
         im_start_end: write the image tag as `<im_start><image><im_end>`.
+        sam_stream: False leaves out the SAM stream, for models that draw no masks.
 
     Returns:
         dict with
         image_paths: list of B str
-        images: float32 (B, 3, S, S); images_clip: float32 (B, 3, c, c)
+        images: float32 (B, 3, S, S), None without `sam_stream`; images_clip: float32 (B, 3, c, c)
         input_ids: int64 (R, L), -200 for the image, padded with the pad id
         labels: int64 (R, L), -100 where no loss falls; None when `inference`
         attention_masks: bool (R, L), true on the tokens of a row (by length, so a literal <unk> counts)
@@ -58,7 +60,7 @@ def collate(
         conversation_list: R prompt strings
         exists, ref_ids, sent_ids: B lists with one entry per row
         inference: bool
-        dropped: int, conversations left out because they were too long
+        dropped: int, conversations left out because they were too long, here or before (`Sample.dropped`)
 
     Raises:
         ValueError: no sample, masks that do not fit the `[SEG]` of the answers, or nothing left to learn.
@@ -68,7 +70,7 @@ def collate(
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side is {padding_side!r}; choose 'right' or 'left'")
     limit = None if inference else _row_limit(model_max_length, num_patches)
-    kept, rows, prompts, dropped = [], [], [], 0
+    kept, rows, prompts, dropped = [], [], [], sum(sample.dropped for sample in samples)
     counts: list[int] = []
     for sample in samples:
         conversations = []
@@ -101,18 +103,18 @@ def collate(
             f"{model_max_length}); raise model_max_length or shorten the texts"
         )
     input_ids, labels, attention = _pad(rows, tokenizer.pad_token_id, padding_side)
-    streams = [processor.sam(sample.image) for sample in kept]
     masks = [_masks(sample) for sample in kept]
     return {
         "image_paths": [sample.image_path for sample in kept],
-        "images": torch.stack([image for image, _ in streams]),
+        "images": torch.stack([processor.sam(sample.image)[0] for sample in kept]) if sam_stream else None,
         "images_clip": torch.stack([processor.clip(sample.image) for sample in kept]),
         "input_ids": input_ids,
         "labels": None if inference else labels,
         "attention_masks": attention,
         "masks_list": masks,
         "sam_mask_shape_list": [
-            (shape, (mask.shape[1], mask.shape[2])) for (_, shape), mask in zip(streams, masks)
+            (processor.sam_shape(*sample.image.shape[:2]), (mask.shape[1], mask.shape[2]))
+            for sample, mask in zip(kept, masks)
         ],
         "offset": torch.from_numpy(np.cumsum([0, *counts], dtype=np.int64)),
         "conversation_list": prompts,
@@ -133,6 +135,15 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Batch of the samples (see `collate`)."""
         return collate(samples, self.tokenizer, self.processor, **self.settings)
+
+    def fits(self, conversation: Conversation) -> bool:
+        """Whether a training batch would keep the conversation, given its length."""
+        limit = _row_limit(self.settings.get("model_max_length"), self.settings.get("num_patches"))
+        if limit is None:
+            return True
+        conv_type, tags = self.settings.get("conv_type", "llava_v1"), self.settings.get("im_start_end", True)
+        row = encode_prompt(self.tokenizer, conv_type, conversation.turns, conversation.has_image, tags)
+        return not _too_long(row, limit, self.tokenizer)
 
 
 def _row_limit(model_max_length: int | None, num_patches: int | None) -> int | None:

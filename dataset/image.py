@@ -55,13 +55,15 @@ class ImageProcessor:
 
     `sam_size` S: longer side after resizing and side of the padded square; `sam_mean`, `sam_std` on the
     0..255 scale. `clip_resize` shorter side after resizing (None: `clip_size`), `clip_size` c: side of the
-    centre crop, `clip_mean`, `clip_std` on the 0..1 scale.
+    centre crop, `clip_mean`, `clip_std` on the 0..1 scale. `clip_pad` first pads the picture to a square with
+    the mean colour (LLaVA's `image_aspect_ratio: pad`), so that the crop loses nothing.
     """
 
     sam_size: int = 1024
     clip_size: int = 224
     clip_resize: int | None = None
     clip_resample: str = "bicubic"
+    clip_pad: bool = False
     sam_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     sam_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     clip_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -104,7 +106,8 @@ class ImageProcessor:
 
     def clip(self, rgb: np.ndarray) -> torch.Tensor:
         """CLIP stream of a uint8 (H, W, 3) picture: shorter side resized, centre crop; float32 (3, c, c)."""
-        height, width = _check_rgb(rgb).shape[:2]
+        rgb = _squared(_check_rgb(rgb), self.clip_mean) if self.clip_pad else _check_rgb(rgb)
+        height, width = rgb.shape[:2]
         short = self.clip_resize or self.clip_size
         long = int(short * max(height, width) / min(height, width))
         size = (short, long) if width <= height else (long, short)  # (width, height)
@@ -167,6 +170,16 @@ def _check_rgb(rgb: np.ndarray) -> np.ndarray:
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or min(rgb.shape[:2]) < 1:
         raise ValueError(f"a picture must be uint8 (H, W, 3) RGB, found {rgb.dtype} {rgb.shape}")
     return rgb
+
+
+def _squared(rgb: np.ndarray, mean: tuple[float, ...]) -> np.ndarray:
+    """The picture in the middle of a square of its longer side, the rest in the colour `mean` (0..1)."""
+    height, width = rgb.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), [int(value * 255) for value in mean], np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = rgb
+    return square
 
 
 def _normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

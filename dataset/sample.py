@@ -27,8 +27,10 @@ class Conversation:
 
 @dataclass
 class Sample:
-    """One image with all conversations asked on it. `image` is uint8 (H, W, 3) RGB."""
+    """One image with all conversations asked on it. `image` is uint8 (H, W, 3) RGB. `dropped` counts
+    conversations that were left out before because they were too long."""
 
     image_path: str
     image: np.ndarray
     conversations: list[Conversation] = field(default_factory=list)
+    dropped: int = 0

@@ -231,7 +231,8 @@ def load_trained(
     fields = gathered.fields
     rows = gathered.shapes[EMBEDDING][0]
     fields["llm"] = {**fields["llm"], "vocab_size": rows}
-    tokens = {} if masks else {"mm_use_im_start_end": image_tags}
+    tags = image_tags and fields.get("mm_use_im_start_end", True)
+    tokens = {} if masks else {"mm_use_im_start_end": tags}
     if tokenizer is not None and masks:
         tokens = {"seg_token_id": add_lisat_tokens(tokenizer, image_tags), "mm_use_im_start_end": image_tags}
         if rows < len(tokenizer) and not state.new_rows:

@@ -1,7 +1,7 @@
 """Merging a training run into one LISAT folder: configuration and work of `merge_lora_weights.py`."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass
 class MergeConfig:
-    """Fold the LoRA matrices of a training run into its base and write one folder (weights, tokenizer, card).
+    """Fold the LoRA matrices of a training run into its base and write one folder (weights, tokenizer, card):
+    a LISAT, or for a run of --stage align or instruct a LISAT_PRE.
 
     Flags left out come from the run's config.yaml if it has one, else from the published defaults.
     """
@@ -21,6 +22,8 @@ class MergeConfig:
     """run folder, step folder, or consolidated state (pytorch_model.bin, a folder of shards, safetensors)"""
     save_path: str
     """folder to write"""
+    stage: Literal["segmentation", "align", "instruct"] | None = None
+    """what was trained; else as the run says, or segmentation"""
     version: str | None = None
     """base that was trained from; else ./LISAt_PRE-7b"""
     vision_pretrained: str | None = None
@@ -78,16 +81,20 @@ def merge(config: MergeConfig) -> Path:
     """Do it; returns the folder. ValueError for anything that does not fit (complete lists)."""
     import torch
 
-    from dataset.text import Tokenizer
+    from dataset.text import IM_END, IM_START, Tokenizer
     from model.checkpoint import load_trained, save_lisat
 
     run = run_settings(config.weight)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     version = _first(config.version, run.get("version"), "./LISAt_PRE-7b")
-    tags = _first(config.use_mm_start_end, run.get("use_mm_start_end"), True)
+    stage = _first(config.stage, run.get("stage"), "segmentation")
+    masks = stage == "segmentation"
+    tower = _first(config.vision_tower, run.get("vision_tower"))
     alpha = _first(config.lora_alpha, run.get("lora_alpha"), 16.0)
     precision = _first(config.precision, run.get("precision"), "bf16")
     tokenizer = Tokenizer.from_pretrained(version, model_max_length=config.model_max_length)
+    tags = _first(config.use_mm_start_end, run.get("use_mm_start_end"), True)
+    tags = tags and (masks or (tokenizer.has_token(IM_START) and tokenizer.has_token(IM_END)))
     model, lisat = load_trained(
         config.weight,
         version,
@@ -97,8 +104,10 @@ def merge(config: MergeConfig) -> Path:
         lora_alpha=alpha,
         lora_targets=config.lora_target_modules,
         image_tags=tags,
-        vision_tower=_first(config.vision_tower, run.get("vision_tower")),
+        vision_tower=tower,
         tower_activation=_first(config.tower_activation, run.get("tower_activation")),
+        masks=masks,
+        **_run_options(run, masks),
     )
     _check(lisat, config)
     lisat.conv_type = _first(config.conv_type, run.get("conv_type"), lisat.conv_type)
@@ -108,13 +117,22 @@ def merge(config: MergeConfig) -> Path:
         model,
         config.save_path,
         tokenizer=tokenizer,
-        processor=find_processor(version, lisat.sam.image_size, config.vision_tower),
+        processor=find_processor(version, lisat.sam.image_size if masks else None, tower),
         dtype=dtypes[precision],
         mask_dtype=dtypes[config.mask_precision],
         max_shard_size=config.max_shard_size,
         layout=config.layout,
         extra_card={"Origin": text},
     )
+
+
+def _run_options(run: dict[str, Any], masks: bool) -> dict[str, Any]:
+    """Loader options that follow from the settings of a run."""
+    if masks:
+        low = bool(run.get("low_precision_pe"))
+        return {"low_precision_pe": low, "projector": run.get("projector") or None}
+    other = run.get("reinit_projector") or run.get("projector")  # the state holds it, trained
+    return {"reinit_projector": bool(other)}
 
 
 def run_settings(weight: str) -> dict[str, Any]:
@@ -133,8 +151,14 @@ def run_settings(weight: str) -> dict[str, Any]:
     return {}
 
 
-def find_processor(folder: str, sam_size: int, vision_tower: str | None = None) -> Any:
-    """Image settings of a base folder: its own file, else its tower's preprocessor_config.json."""
+def find_processor(folder: str, sam_size: int | None = None, vision_tower: str | None = None) -> Any:
+    """Image settings of a model folder: its own file, else its tower's preprocessor_config.json.
+
+    Args:
+        sam_size: side of SAM's input; None for a model without masks. Only such a model of the published
+            layout pads its pictures to squares where its config says so; the published LISAT never does.
+        vision_tower: the tower, if it is not where the folder says.
+    """
     from dataset.image import FILE_NAME, ImageProcessor
     from model.layouts import read_layout
     from utils.hub import resolve
@@ -142,19 +166,22 @@ def find_processor(folder: str, sam_size: int, vision_tower: str | None = None) 
     base = resolve(folder, what="base folder")
     if (base / FILE_NAME).is_file():
         processor = ImageProcessor.from_pretrained(base)
-        return ImageProcessor.from_dict({**processor.to_dict(), "sam_size": sam_size})
-    named = vision_tower or read_layout(base).tower
+        return replace(processor, sam_size=sam_size or processor.sam_size)
+    layout = read_layout(base)
+    named = vision_tower or layout.tower
     if not named:
         raise ValueError(
             f"{base} has no {FILE_NAME} and names no vision tower with image settings; copy that file there"
         )
     tower = resolve(named, near=[base], what="vision tower")
-    if tower.is_file():
-        return ImageProcessor(sam_size=sam_size)
-    return ImageProcessor.from_clip_dir(tower, sam_size=sam_size)
+    processor = ImageProcessor() if tower.is_file() else ImageProcessor.from_clip_dir(tower)
+    pad = sam_size is None and layout.pads_pictures
+    return replace(processor, sam_size=sam_size or processor.sam_size, clip_pad=pad)
 
 
 def _check(lisat: Any, config: MergeConfig) -> None:
+    if lisat.sam is None:
+        return
     if config.out_dim is not None and config.out_dim != lisat.out_dim:
         raise ValueError(f"--out_dim {config.out_dim}: the trained text_hidden_fcs has {lisat.out_dim}")
     if config.image_size is not None and config.image_size != lisat.sam.image_size:
