@@ -25,6 +25,7 @@ from dataset.synthetic_qa import GRID, ScenePool, ask_and_answer, patch_targets
 from dataset.text import Tokenizer
 from model.clip import tower_features
 from model.lisat import Lisat
+from utils.muon import muon_and_adamw, update
 
 log = logging.getLogger(__name__)
 
@@ -95,18 +96,13 @@ def train_tower(
     batch: int = 32,
     rate: float = 1e-3,
 ) -> None:
-    """Stage 1: AdamW on the patch targets alone, 100 steps of warm-up, cosine decay over `steps`."""
-    parameters = [*tower.parameters(), *teacher.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    """Stage 1: the patch targets alone, 100 steps of warm-up, cosine decay over `steps`."""
+    optimizers = muon_and_adamw([(tower, 1.0), (teacher, 1.0)], rate)
     started = time.monotonic()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 100, cosine_rate(step / steps))
         pictures, targets = batches.pictures(batch)
         loss = teacher(tower_features(tower, pictures), targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(optimizers, loss, rate * min((step + 1) / 100, cosine_rate(step / steps)))
         if step % 100 == 0:
             log.info("tower %d/%d loss %.3f, %.0f s", step, steps, loss.item(), time.monotonic() - started)
 
@@ -122,28 +118,21 @@ def train_llava(
     rate: float = 1e-3,
     on_save: Callable[[int], None] | None = None,
 ) -> None:
-    """Stage 2: AdamW (0.9, 0.95) on language loss + 0.3 x patch loss, the tower at a fifth of the rate.
+    """Stage 2: language loss + 0.3 x patch loss, the tower at 0.3 of the rate.
 
     The rate warms up over 100 steps and decays by a cosine over `seconds` of wall time, which also ends the
     training. `on_save(step)` is called every 500 steps and at the end.
     """
-    tower = list(model.vision_tower.parameters())
-    rest = [*model.mm_projector.parameters(), *model.llm.parameters(), *teacher.parameters()]
-    groups = [{"params": rest, "factor": 1.0}, {"params": tower, "factor": 0.2}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    modules = [(model.llm, 1.0), (model.mm_projector, 1.0), (teacher, 1.0), (model.vision_tower, 0.3)]
+    optimizers = muon_and_adamw(modules, rate)
     seen: list[Tensor] = []
     hook = model.mm_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     started, step, means = time.monotonic(), 0, {}
     while (progress := (time.monotonic() - started) / seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"] * min((step + 1) / 100, cosine_rate(progress))
         rows, targets = batches.questions(batch, questions)
         language = model(**rows)["ce_loss"]
         patches = teacher(seen.pop(), targets)
-        optimizer.zero_grad(set_to_none=True)
-        (language + 0.3 * patches).backward()
-        nn.utils.clip_grad_norm_([*rest, *tower], 1.0)
-        optimizer.step()
+        update(optimizers, language + 0.3 * patches, rate * min((step + 1) / 100, cosine_rate(progress)))
         for name, value in (("language", language.item()), ("patches", patches.item())):
             means[name] = 0.98 * means.get(name, value) + 0.02 * value
         if step % 100 == 0:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dataset.image import ImageProcessor
 from dataset.synthetic import COLOURS, EXTREMES, KINDS, RELATIONS, Scene, Terms, ask
 from dataset.synthetic_qa import GRID, ScenePool, grid_position, patch_targets
 from model.sam import Sam
-from utils.pretrain_llava import PatchTeacher, cosine_rate
+from utils.muon import muon_and_adamw, update
+from utils.pretrain_llava import cosine_rate
 
 log = logging.getLogger(__name__)
 VOCABULARY: dict[str, tuple[str, ...]] = {
@@ -45,6 +47,26 @@ class Words(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         """words (M, 8) long, 0 where a word is missing -> one sparse prompt each, (M, 1, C)."""
         return sum(table(words[:, i]) for i, table in enumerate(self.tables))[:, None]
+
+
+class CellTeacher(nn.Module):
+    """Linear reading of kind and colour from every cell of the image embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kind = nn.Linear(width, len(KINDS) + 1)
+        self.colour = nn.Linear(width, len(COLOURS) + 1)
+
+    def forward(self, embeddings: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """embeddings (B, C, G, G), cells (B, G * G, 7) of `patch_targets` -> loss, and the share of the
+        object cells whose kind is named rightly (scalars). Cells with an object count twice for the kind."""
+        features = embeddings.flatten(2).transpose(1, 2)
+        kind, colour = cells[..., 0].long(), cells[..., 1].long()
+        shown, guess = kind > 0, self.kind(features)
+        loss = F.cross_entropy(guess.flatten(0, 1), kind.flatten())
+        loss = loss + F.cross_entropy(guess[shown], kind[shown])
+        loss = loss + F.cross_entropy(self.colour(features).flatten(0, 1), colour.flatten())
+        return loss, (guess.argmax(-1) == kind)[shown].float().mean()
 
 
 @dataclass
@@ -167,12 +189,39 @@ def soft_iou(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(union > 0, (shown & wanted).sum(1) / union.clamp_min(1), 1.0)
 
 
+def _cells(scenes: list[Scene], patch: int) -> Tensor:
+    return torch.from_numpy(np.stack([patch_targets(scene, patch) for scene in scenes]))
+
+
+def train_cells(
+    sam: Sam,
+    teacher: CellTeacher,
+    pool: ScenePool,
+    processor: ImageProcessor,
+    *,
+    steps: int,
+    batch: int = 16,
+    rate: float = 1.5e-3,
+    seed: int = 2,
+) -> None:
+    """First stage, the encoder alone: what is in every cell. 50 steps of warm-up, cosine decay."""
+    rng = np.random.default_rng(seed)
+    optimizers = muon_and_adamw([(sam.image_encoder, 1.0), (teacher, 1.0)], rate)
+    for step in range(steps):
+        scenes = [pool.draw(rng) for _ in range(batch)]
+        images = torch.stack([processor.sam(scene.image)[0] for scene in scenes])
+        loss, right = teacher(sam.encode(images), _cells(scenes, sam.config.patch_size))
+        update(optimizers, loss, rate * min((step + 1) / 50, cosine_rate(step / steps)))
+        if step % 50 == 0:
+            log.info("sam cells %d/%d: loss %.3f, kinds right %.3f", step, steps, loss.item(), right.item())
+
+
 def train_sam(
     sam: Sam,
     words: Words,
-    teacher: PatchTeacher,
+    teacher: CellTeacher,
     pool: ScenePool,
-    processor,
+    processor: ImageProcessor,
     *,
     seconds: float,
     batch: int = 8,
@@ -182,35 +231,30 @@ def train_sam(
     seed: int = 3,
     on_save: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW on `mask_loss`, the error of the IoU head and half the teacher's loss on the embedding's cells.
+    """Second stage: `mask_loss`, the error of the IoU head and half the teacher's loss.
 
     The rate warms up over 100 steps and decays by a cosine over `seconds` of wall time.
     """
     rng = np.random.default_rng(seed)
-    parameters = [*sam.parameters(), *words.parameters(), *teacher.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = muon_and_adamw([(sam, 1.0), (words, 1.0), (teacher, 1.0)], rate)
     started, step, means = time.monotonic(), 0, {}
     while (progress := (time.monotonic() - started) / seconds) < 1:
-        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 100, cosine_rate(progress))
         scenes = [pool.draw(rng) for _ in range(batch)]
         images = torch.stack([processor.sam(scene.image)[0] for scene in scenes])
         prompts = draw_prompts(scenes, rng, geometric, described, sam.config.low_res_size)
-        cells = torch.from_numpy(np.stack([patch_targets(s, sam.config.patch_size) for s in scenes]))
         embeddings = sam.encode(images)
-        seen = teacher(embeddings.flatten(2).transpose(1, 2), cells)
+        seen, right = teacher(embeddings, _cells(scenes, sam.config.patch_size))
         logits, guesses = sam_logits(sam, words, embeddings, prompts)
         overlap = soft_iou(logits.detach(), prompts.target)
         loss = mask_loss(logits, prompts.target)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + F.mse_loss(guesses, overlap) + 0.5 * seen).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        total = loss + F.mse_loss(guesses, overlap) + 0.5 * seen
+        update(optimizers, total, rate * min((step + 1) / 100, cosine_rate(progress)))
         split = len(prompts.coords)
         figures = {
             "loss": loss.item(),
             "clicks": overlap[:split].mean().item(),
             "words": overlap[split:].mean().item(),
-            "cells": seen.item(),
+            "kinds": right.item(),
         }
         for name, value in figures.items():
             means[name] = 0.98 * means.get(name, value) + 0.02 * value

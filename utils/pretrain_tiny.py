@@ -17,6 +17,8 @@ class PretrainConfig:
     """Scenes to draw; each is seen in eight orientations."""
     tower_steps: int = 3000
     """Steps of the tower's own first stage."""
+    cell_steps: int = 1400
+    """Steps of the SAM encoder's own first stage."""
     seconds: float = 3600.0
     """Wall time of the main stage (the SAM shipped had 2400)."""
     batch_size: int = 8
@@ -70,15 +72,17 @@ def make_sam(config: PretrainConfig) -> None:
     from dataset.synthetic_qa import ScenePool
     from model.export import save_sam
     from model.sam import build_sam
-    from utils.pretrain_sam import Words, train_sam
+    from utils.pretrain_sam import CellTeacher, Words, train_cells, train_sam
 
     sam, processor = build_sam("sam_tiny"), ImageProcessor(sam_size=128, clip_size=128)
-    words = Words(sam.config.prompt_embed_dim)
-    file = Path(config.out) / "sam.safetensors"
+    words, teacher = Words(sam.config.prompt_embed_dim), CellTeacher(sam.config.prompt_embed_dim)
+    pool, file = ScenePool(config.scenes, seed=config.seed + 1), Path(config.out) / "sam.safetensors"
+    train_cells(sam, teacher, pool, processor, steps=config.cell_steps, seed=config.seed + 2)
     train_sam(
         sam,
         words,
-        ScenePool(config.scenes, seed=config.seed + 1),
+        teacher,
+        pool,
         processor,
         seconds=config.seconds,
         batch=config.batch_size,
