@@ -136,7 +136,13 @@ class EvalConfig:
         """One sentence per fault."""
         faults = [
             f"--{name} is {getattr(self, name)}; it must be at least {least}"
-            for name, least in (("batch_size", 1), ("max_rows", 1), ("windows", 1), ("world_size", 1), ("max_new_tokens", 1))
+            for name, least in (
+                ("batch_size", 1),
+                ("max_rows", 1),
+                ("windows", 1),
+                ("world_size", 1),
+                ("max_new_tokens", 1),
+            )
             if getattr(self, name) < least
         ]
         if not 0 <= self.process_num < max(1, self.world_size):
