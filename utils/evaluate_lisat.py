@@ -123,6 +123,10 @@ class EvalConfig:
     """Forget predictions already in --vis_save_path instead of continuing behind them."""
     gallery: int = 12
     """So many predictions are drawn into gallery_<dataset>.png; 0: none."""
+    html: bool = True
+    """Write the report report_<dataset>.html: one file with intervals, charts and a gallery."""
+    boundary: bool = True
+    """Boundary IoU as well."""
     recount: bool = False
     """metrics: count the pixels of the stored masks again."""
     bootstrap_rounds: int = 20
@@ -352,17 +356,31 @@ def _place(config: EvalConfig) -> tuple[int, int, str]:
 
 
 def score(config: EvalConfig) -> str:
-    """Score the predictions in `vis_save_path`; writes results_<dataset>.json/.md and the gallery."""
+    """Score the predictions in `vis_save_path`; writes results_<dataset>.json/.md, queries_<dataset>.csv,
+    report_<dataset>.html and the gallery."""
     from utils.eval_report import build_report, report_markdown, write_gallery, write_report
+    from utils.html_report import write_html
+    from utils.query_table import query_rows, write_csv
 
     predictions = _stored(config)
     report = build_report(
-        predictions, shuffle=config.shuffle_questions, recount=config.recount, seed=config.seed
+        predictions,
+        shuffle=config.shuffle_questions,
+        recount=config.recount,
+        seed=config.seed,
+        boundary=config.boundary,
+        rounds=config.bootstrap_rounds,
+        fraction=config.bootstrap_fraction,
     )
     name = predictions.header["dataset"]
-    paths = list(write_report(config.vis_save_path, f"results_{name}", report))
+    folder = Path(config.vis_save_path)
+    paths = list(write_report(folder, f"results_{name}", report))
+    paths.append(write_csv(folder / f"queries_{name}.csv", query_rows(predictions)))
+    if config.html:
+        page = folder / f"report_{name}.html"
+        paths.append(write_html(page, report, predictions, _picture, seed=config.seed))
     if config.gallery:
-        file = Path(config.vis_save_path) / f"gallery_{name}.png"
+        file = folder / f"gallery_{name}.png"
         try:
             paths.append(write_gallery(file, predictions, _picture, config.gallery, config.seed))
         except (ValueError, OSError) as error:

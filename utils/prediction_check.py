@@ -106,6 +106,10 @@ def _check_query(
         size = size or tuple(mask["size"])
     if targets:
         _check_counts(file, at, record, exact)
+    pair, pixels = record.get("boundary", [0, 0]), math.prod(record["prediction"]["size"])
+    whole = isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)
+    if not whole or not 0 <= pair[0] <= pair[1] <= pixels:
+        _fail(file, f"{at}.boundary", "expected [intersection, union] in pixels", pair)
 
 
 def _check_counts(file: str, at: str, record: dict[str, Any], exact: bool) -> None:

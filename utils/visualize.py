@@ -156,24 +156,19 @@ def gallery(tiles: Sequence[np.ndarray], columns: int = 2, gap: int = 8) -> np.n
     return np.concatenate(rows)
 
 
-_COLUMNS = (
-    ("giou", "gIoU"),
-    ("ciou", "cIoU"),
-    ("pr@0.5", "Pr@0.5"),
-    ("pr@0.6", "Pr@0.6"),
-    ("pr@0.7", "Pr@0.7"),
-    ("pr@0.8", "Pr@0.8"),
-    ("pr@0.9", "Pr@0.9"),
-    ("see_accuracy", "see acc"),
-    ("n_masks", "masks"),
-    ("n_images", "images"),
-)
+def score_columns(rows: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    """(key, title) of the scores that any row has, in the order of tables."""
+    precisions = sorted({key for row in rows.values() for key in row if key.startswith("pr@")})
+    columns = [("giou", "gIoU"), ("ciou", "cIoU"), ("boundary_iou", "bIoU")]
+    columns += [(key, key.replace("pr@", "Pr@")) for key in precisions]
+    columns += [("see_accuracy", "see acc"), ("n_masks", "masks"), ("n_images", "images")]
+    return [(key, title) for key, title in columns if any(key in row for row in rows.values())]
 
 
 def score_table(rows: Mapping[str, Mapping[str, float]], first: str = "queries") -> str:
     """Aligned Markdown table: one line per entry of `rows` ({name: `utils.metrics.scores` result}), readable
     as plain text too. Columns that no row has are left out."""
-    columns = [(key, title) for key, title in _COLUMNS if any(key in row for row in rows.values())]
+    columns = score_columns(rows)
 
     def cell(row: Mapping[str, float], key: str) -> str:
         if key not in row:
