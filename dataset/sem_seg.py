@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image
 
-from dataset.base import ConversationData, DataError, Fault, ReadOptions, picture_size
+from dataset.base import UNREADABLE, ConversationData, DataError, Fault, ReadOptions, picture_size
 from dataset.gres import PICTURE_ENDINGS, read_names
 from dataset.image import load_rgb
 from dataset.masks import IGNORE
@@ -41,20 +41,19 @@ def read_classes(folder: StrPath) -> dict[int, str]:
 
 
 def read_label_mask(path: StrPath) -> np.ndarray:
-    """Class ids of a mask file, uint8 (H, W). DataError unless it is one 8-bit band."""
+    """Class ids of a mask file, uint8 (H, W); a palette's colours play no part. DataError unless it is one
+    8-bit band."""
     path = Path(path)
     if not path.is_file():
         raise DataError(path, "", "mask is not there")
-    mask = (
-        cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED) if path.stat().st_size else None
-    )
-    if mask is None:
-        raise DataError(path, "", "mask is not a readable picture")
-    if mask.ndim != 2 or mask.dtype != np.uint8:
-        raise DataError(
-            path, "", f"mask must be one 8-bit band of class ids, found {mask.dtype} {mask.shape}"
-        )
-    return mask
+    try:
+        with Image.open(path) as mask:
+            if mask.mode in ("L", "P"):
+                return np.array(mask)
+            found = f"Pillow's mode {mask.mode}"
+    except UNREADABLE as error:
+        raise DataError(path, "", f"mask is not a readable picture ({error})") from error
+    raise DataError(path, "", f"mask must be one 8-bit band of class ids, found {found}")
 
 
 def random_view(
