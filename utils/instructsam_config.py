@@ -38,9 +38,9 @@ class InputConfig:
 class AskConfig:
     """How a language model is asked for counts, on a server or here."""
 
-    setting: Setting = "open_ended"
+    setting: Literal["auto", "open_vocabulary", "open_ended", "open_subclass"] = "auto"
     """open_vocabulary: count the given classes; open_ended: whatever is there; open_subclass: the kinds of
-    one parent class."""
+    one parent class. auto: what --words and --parent say, else open_ended."""
     words: tuple[str, ...] = ()
     """Class names for open_vocabulary; empty: the classes of the data set."""
     parent: str = ""
@@ -114,6 +114,8 @@ class AskConfig:
             faults.append("--api_key_env must be the name of an environment variable, not the key itself")
         if self.prompt_path and not Path(self.prompt_path).is_file():
             faults.append(f"--prompt_path {self.prompt_path}: there is no such file")
+        if self.words and self.chosen_setting() != "open_vocabulary":
+            faults.append("--words go with --setting open_vocabulary only")
         if self.setting == "open_subclass" and not self.parent and not self.prompt_path:
             faults.append('--setting open_subclass needs --parent, for example "sports field"')
         if self.json_output and self.json_schema:
@@ -141,6 +143,12 @@ class AskConfig:
             if getattr(self, name) < 0:
                 faults.append(f"--{name} is {getattr(self, name)}; it must not be negative")
         return faults
+
+    def chosen_setting(self) -> Setting:
+        """The setting, `auto` decided."""
+        if self.setting != "auto":
+            return self.setting
+        return "open_vocabulary" if self.words else "open_subclass" if self.parent else "open_ended"
 
 
 @dataclass
@@ -183,34 +191,6 @@ class ProposeConfig(DeviceConfig, ProposerConfig, InputConfig):
 
 
 @dataclass
-class ProposerConfig:
-    """How masks are proposed."""
-
-    proposer: Literal["sam2", "sam1", "tiny"] = "sam2"
-    """sam2: SAM 2 (published); sam1: the first SAM; tiny: small random weights, to try the commands."""
-    sam2_checkpoint: str = ""
-    """Weights: sam2_hiera_large.pt (or tiny, small, base+), or SAM 1's sam_vit_h_4b8939.pth and the like."""
-    sam2_cfg: str = ""
-    """Name of the model's sizes as published (sam2_hiera_l.yaml); empty: as the weights show."""
-    max_masks: int = 200
-    """Most masks per picture; the best are kept."""
-    min_mask_region_area: int = 0
-    """Keep masks with more pixels than this."""
-    points_per_side: int = 24
-    """Prompts along each side of a picture and of each crop."""
-    points_per_batch: int = 256
-    """Prompts at once."""
-    pred_iou_thresh: float = 0.75
-    """Least quality by the model's own estimate."""
-    stability_score_thresh: float = 0.75
-    """Least stability under another threshold."""
-    crop_n_layers: int = 1
-    """Layers of crops: 1 looks at four overlapping crops, too; 0 at the whole picture only."""
-    legacy_corner: bool = False
-    """Fill holes as published, from the corner (0, 0) only, which floods some masks."""
-
-
-@dataclass
 class MatcherConfig:
     """How proposals get labels."""
 
@@ -227,17 +207,15 @@ class MatcherConfig:
     assigned_score: bool = False
     """Write the similarity of the given label as the score, not the largest over all labels (published)."""
 
-
-@dataclass
-class ProposeConfig(ProposerConfig, DeviceConfig, InputConfig):
-    """Propose masks for pictures: one file for the data set, resumable picture by picture."""
-
-    rp_save_path: str = ""
-    """Output file; empty: ./region_proposals/<data set>/<name of the sizes>.json."""
-
     def validate(self) -> list[str]:
         """One sentence per fault."""
-        return InputConfig.validate(self) + proposer_faults(self)
+        faults = []
+        if self.clip_model != "tiny" and not Path(self.checkpoint_config).is_file():
+            faults.append(f"--checkpoint_config {self.checkpoint_config}: there is no such file")
+        for name in ("crop_scale", "clip_batch"):
+            if getattr(self, name) <= 0:
+                faults.append(f"--{name} is {getattr(self, name)}; it must be above 0")
+        return faults
 
 
 @dataclass
@@ -253,7 +231,7 @@ class MatchConfig(MatcherConfig, DeviceConfig, InputConfig):
     setting: Setting = "open_ended"
     """open_vocabulary keeps the labels that are classes of the data set and writes category_id."""
     save_path: str = ""
-    """Output file; empty: ./results/<data set>/<setting>/coco_preds/<counts>_<proposals>_<clip>_preds_coco.json."""
+    """Output file; empty: below ./results/<data set>/<setting>/coco_preds/ under the published name."""
 
     def validate(self) -> list[str]:
         """One sentence per fault."""
@@ -264,7 +242,7 @@ class MatchConfig(MatcherConfig, DeviceConfig, InputConfig):
             faults.append(f"--count_dir {self.count_dir}: there is no such folder")
         if not Path(self.rp_path).is_file():
             faults.append(f"--rp_path {self.rp_path or '(not given)'}: there is no such file")
-        return faults + matcher_faults(self)
+        return faults + MatcherConfig.validate(self)
 
 
 @dataclass
@@ -279,8 +257,6 @@ class RunConfig(MatcherConfig, ProposerConfig, DeviceConfig, AskConfig, InputCon
     counts: str = ""
     """Counts by hand instead of a language model: "ship=3,plane=2" for every picture, or a JSON file:
     {"ship": 3} or {"picture.png": {"ship": 3}, ...}."""
-    tiny: bool = False
-    """Small random weights for proposer and CLIP: shows what comes out, without any download."""
     draw: bool = True
     """Write a picture with masks, boxes and labels for every picture."""
 
@@ -290,35 +266,7 @@ class RunConfig(MatcherConfig, ProposerConfig, DeviceConfig, AskConfig, InputCon
         sources = (self.counts, self.base_url, self.pretrained_model_name_or_path)
         if sum(map(bool, sources)) != 1:
             faults.append("counts come from one of --counts, --base_url, --pretrained_model_name_or_path")
-        if self.tiny:
-            return faults
-        return faults + proposer_faults(self) + matcher_faults(self)
-
-
-def proposer_faults(config: ProposerConfig) -> list[str]:
-    """Faults of the settings of the proposer, one sentence each."""
-    faults = []
-    if config.proposer != "tiny" and not Path(config.sam2_checkpoint).is_file():
-        given = config.sam2_checkpoint or "(not given)"
-        faults.append(f"--sam2_checkpoint {given}: there is no such file; --proposer tiny needs none")
-    for name in ("max_masks", "points_per_side", "points_per_batch"):
-        if getattr(config, name) < 1:
-            faults.append(f"--{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("min_mask_region_area", "crop_n_layers"):
-        if getattr(config, name) < 0:
-            faults.append(f"--{name} is {getattr(config, name)}; it must not be negative")
-    return faults
-
-
-def matcher_faults(config: MatcherConfig) -> list[str]:
-    """Faults of the settings of the matcher, one sentence each."""
-    faults = []
-    if config.clip_model != "tiny" and not Path(config.checkpoint_config).is_file():
-        faults.append(f"--checkpoint_config {config.checkpoint_config}: there is no such file")
-    for name in ("crop_scale", "clip_batch"):
-        if getattr(config, name) <= 0:
-            faults.append(f"--{name} is {getattr(config, name)}; it must be above 0")
-    return faults
+        return faults + ProposerConfig.validate(self) + MatcherConfig.validate(self)
 
 
 def api_key(variable: str) -> str:

@@ -74,6 +74,7 @@ def run_count(config: CountConfig, images: ImageSet | None = None, folder: StrPa
     prompt, prompt_name = load_prompt(config, images)
     source = "Qwen" if config.pretrained_model_name_or_path else config.model.replace("/", "_")
     default = Path("object_counts") / images.name / f"{source}_{prompt_name}"
+    images.check_stems()
     run = _Run(config, Path(folder or config.save_dir or default))
     wanted = run.wanted(images.images)
     if wanted and config.pretrained_model_name_or_path:
@@ -93,7 +94,7 @@ def load_prompt(config: AskConfig, images: ImageSet) -> tuple[str, str]:
 
     A prompt file is sent as it is, except that [[classes]] and [[parent]] are filled in where they occur.
     """
-    path = Path(config.prompt_path) if config.prompt_path else PROMPTS / f"{config.setting}.txt"
+    path = Path(config.prompt_path) if config.prompt_path else PROMPTS / f"{config.chosen_setting()}.txt"
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -128,12 +129,6 @@ class _Run:
 
     def wanted(self, images: Sequence[ImageEntry]) -> list[ImageEntry]:
         """Pictures to ask about: with `skip_existing` those without a readable count file."""
-        names = Counter(counts_path("", image.file_name) for image in images)
-        twice = [str(path.with_suffix("")) for path, number in names.items() if number > 1]
-        if twice:
-            raise ValueError(
-                f"pictures that differ only in their ending would share a count file: {twice[:5]}"
-            )
         kept = [i for i in images if not (self.config.skip_existing and self._there(i.file_name))]
         self.outcome.asked, self.outcome.skipped = len(kept), len(images) - len(kept)
         return kept
@@ -205,7 +200,7 @@ def _endpoint(config: AskConfig, images: ImageSet) -> Endpoint:
         logger.info("no key in the environment variable %s: asking without one", config.api_key_env)
     shape: dict[str, Any] | None = {"type": "json_object"} if config.json_output else None
     if config.json_schema:
-        given = config.setting == "open_vocabulary"
+        given = config.chosen_setting() == "open_vocabulary"
         shape = counts_schema((words(config.words) or images.class_names) if given else ())
     return Endpoint(
         url=chat_url(config.base_url),
@@ -280,10 +275,11 @@ def _ask_local(config: CountConfig, run: _Run, images: Sequence[ImageEntry], pro
     from tqdm import tqdm
 
     from model.instructsam.qwen import load_qwen
+    from utils.distributed import choose_device
     from utils.hub import resolve
 
     path = resolve(config.pretrained_model_name_or_path, what="Qwen2.5-VL folder")
-    counter = load_qwen(path, _device(config.device), config.precision)
+    counter = load_qwen(path, choose_device(config.device), config.precision)
     size = config.count_batch
     with tqdm(total=len(images), unit="picture", disable=None) as bar:
         for start in range(0, len(images), size):
@@ -315,9 +311,3 @@ def count_batch(
         fault = run.take(name, answer.text, answer.cut)
         if fault:
             run.fail(name, "reply", fault, attempts=1, reply=answer.text)
-
-
-def _device(wanted: str) -> str:
-    from utils.distributed import choose_device
-
-    return wanted if ":" in wanted or wanted == "mps" else choose_device(wanted)

@@ -42,6 +42,15 @@ class ImageSet:
         """Class names in the order of the annotation file."""
         return list(self.categories.values())
 
+    def check_stems(self) -> None:
+        """ValueError if pictures differ in their ending only: their output files would be the same."""
+        stems = [image.file_name.rpartition(".")[0] or image.file_name for image in self.images]
+        twice = sorted(stem for stem, number in Counter(stems).items() if number > 1)
+        if twice:
+            raise ValueError(
+                f"pictures whose names differ in the ending only would share their output files: {twice[:5]}"
+            )
+
     def category_id(self, label: str) -> int | None:
         """Id of the class of exactly this name, or None."""
         return next((key for key, name in self.categories.items() if name == label), None)

@@ -215,6 +215,48 @@ def whole_number(value: Any) -> int | None:
     return int(value) if math.isfinite(value) and value == int(value) else None
 
 
+def hand_counts(text: str, names: Sequence[str]) -> dict[str, Counts]:
+    """Counts given by hand, for every picture of `names`.
+
+    Args:
+        text: `ship=3,plane=2` (the same for every picture), or the path of a JSON file that holds
+            {"ship": 3, ...} for every picture or {"picture.png": {"ship": 3, ...}, ...}.
+
+    Raises:
+        ValueError: neither form, a value that is no whole number >= 0, or pictures that are not there.
+    """
+    if text.lower().endswith(".json") or Path(text).is_file():
+        content = read_json(text, dict)
+    else:
+        content = dict(_pair(part) for part in text.split(",") if part.strip())
+        if not content:
+            raise ValueError(f"--counts {text!r} names no object; write for example ship=3,plane=2")
+    if not any(isinstance(value, dict) for value in content.values()):
+        return dict.fromkeys(names, _by_hand(content, "--counts"))
+    unknown = [name for name in content if name not in names]
+    if unknown:
+        raise ValueError(f"--counts {text}: there are no pictures {unknown[:5]}; there are {list(names)[:5]}")
+    missing = Counts({}, "missing", (f"--counts {text} does not name it",))
+    given = {name: _by_hand(value, f"--counts {text}: {name}") for name, value in content.items()}
+    return {name: given.get(name, missing) for name in names}
+
+
+def _by_hand(content: Any, where: str) -> Counts:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected label: number, found {str(content)[:60]}")
+    counts = clean_counts(content, where)
+    if counts.notes:
+        raise ValueError("; ".join(counts.notes))
+    return counts
+
+
+def _pair(part: str) -> tuple[str, str]:
+    label, equals, number = part.rpartition("=")
+    if not equals or not label.strip():
+        raise ValueError(f"--counts: {part.strip()!r} is not label=number, for example ship=3")
+    return label.strip(), number
+
+
 def write_counts(path: StrPath, counts: Mapping[str, Any]) -> Path:
     """Write a count file as published: one flat object, indent 4, letters unescaped. One step."""
     return atomic_write_text(path, json.dumps(dict(counts), indent=4, ensure_ascii=False))
@@ -254,9 +296,13 @@ class PartStore:
     def finish(self, value: Any, indent: int | None = 4) -> Path:
         """Write `value` to the final path in one step, then remove the parts."""
         path = atomic_write_json(self.final, value, indent=indent)
+        self.remove()
+        return path
+
+    def remove(self) -> None:
+        """Remove the parts: what they were kept for is written."""
         self._clear()
         self.folder.rmdir()
-        return path
 
     def _path(self, key: str) -> Path:
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]

@@ -1,12 +1,14 @@
 """Pictures for InstructSAM: pictures and GeoTIFFs as RGB, as bytes for an endpoint, and where they lie."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils.io import StrPath
+
+if TYPE_CHECKING:
+    from utils.geo import Georeference
 
 _SENT_AS_THEY_ARE = {
     b"\x89PNG\r\n\x1a\n": "image/png",
@@ -17,69 +19,36 @@ _SENT_AS_THEY_ARE = {
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a picture lies: `transform` (a, b, c, d, e, f) with x = a * column + b * row + c and
-    y = d * column + e * row + f, and the coordinate system as text that rasterio reads."""
-
-    transform: tuple[float, float, float, float, float, float]
-    crs: str
-
-
 def read_rgb(path: StrPath) -> np.ndarray:
-    """uint8 (H, W, 3) RGB of a picture file; TIFF with any number type and number of bands.
-
-    Of a TIFF the first three bands count (one band: three times that). Other number types than uint8 are
-    stretched per band from the 2nd to the 98th percentile of the valid pixels.
+    """uint8 (H, W, 3) RGB of a picture file; TIFF of any number type and bands (`utils.geo`).
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or not readable.
     """
-    if not is_tiff(path):
-        from dataset.image import load_rgb
+    if _is_tiff(path):
+        from utils.geo import read_geotiff
 
-        return load_rgb(path)
-    import rasterio
+        return read_geotiff(path).rgb
+    from dataset.image import load_rgb
 
-    try:
-        with rasterio.open(path) as file:
-            bands = (1, 2, 3) if file.count >= 3 else (1,)
-            pixels, valid = file.read(bands), file.dataset_mask() != 0
-    except rasterio.errors.RasterioError as error:
-        raise ValueError(f"picture {path} is no readable TIFF: {error}") from error
-    stretched = [band if band.dtype == np.uint8 else _stretch(band, valid) for band in pixels]
-    return np.ascontiguousarray(np.stack(stretched * (3 // len(stretched)), axis=-1))
+    return load_rgb(path)
 
 
-def _stretch(band: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    values = band.astype(np.float64)
-    good = valid & np.isfinite(values)
-    if not good.any():
-        return np.zeros(band.shape, np.uint8)
-    low, high = np.percentile(values[good], (2, 98))
-    scaled = (np.where(good, values, low) - low) / max(high - low, 1e-12)
-    return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
+def place_of(path: StrPath) -> "Georeference | None":
+    """Where a GeoTIFF lies; None for other pictures and for TIFFs that do not say it."""
+    if not _is_tiff(path):
+        return None
+    from utils.geo import raster_info
+
+    return raster_info(path)[2]
 
 
-def is_tiff(path: StrPath) -> bool:
-    """Whether the file begins like a TIFF; FileNotFoundError where there is none."""
+def _is_tiff(path: StrPath) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(4) in _TIFF
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"picture {path} is not there; check the folder and the file name") from error
-
-
-def place_of(path: StrPath) -> Place | None:
-    """Coordinates of a GeoTIFF; None for other pictures and for TIFFs that do not say where they lie."""
-    if not is_tiff(path):
-        return None
-    import rasterio
-
-    with rasterio.open(path) as file:
-        if file.crs is None or file.transform.is_identity:
-            return None
-        return Place(tuple(file.transform)[:6], file.crs.to_string())
+        raise FileNotFoundError(f"picture {path} is not there; check the folder and the name") from error
 
 
 def picture_bytes(path: Path, published: bool = False, max_side: int = 0) -> tuple[bytes, str]:

@@ -1,22 +1,24 @@
 """The stages of InstructSAM over all pictures of a data set (sub-commands of `instructsam.py`)."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.instructsam_config import (
-    CountConfig,
-    DeviceConfig,
-    MatchConfig,
-    MatcherConfig,
-    ProposeConfig,
-    ProposerConfig,
-)
+from utils.instructsam_config import CountConfig, DeviceConfig, MatchConfig, MatcherConfig, ProposeConfig
 from utils.instructsam_data import ImageEntry, ImageSet
-from utils.instructsam_files import Counts, PartStore, Proposals, hand_counts, read_counts, read_proposals
+from utils.instructsam_files import (
+    Counts,
+    PartStore,
+    Proposals,
+    hand_counts,
+    read_counts,
+    read_proposals,
+    write_predictions,
+)
 from utils.io import StrPath
 
 if TYPE_CHECKING:
@@ -41,106 +43,40 @@ def count(config: CountConfig) -> tuple[str, int]:
 
 def propose_all(config: ProposeConfig) -> tuple[str, int]:
     """Proposal stage: text for the terminal and exit code."""
-    images = _images(config)
-    default = Path("region_proposals") / images.name / f"{proposer_name(config)}.json"
-    path = Path(config.rp_save_path or default)
-    found, failures = propose_images(images, config, config, path)
-    number = sum(len(proposals) for proposals in found.values())
-    return _told(f"{number} proposals for {len(found)} pictures: {path}", failures)
+    from utils.instructsam_propose import run_propose
+
+    outcome = run_propose(config)
+    return outcome.text, FAILED if outcome.failures else 0
 
 
 def match_all(config: MatchConfig) -> tuple[str, int]:
     """Matching stage: text for the terminal and exit code."""
-    images = _images(config)
+    from utils.instructsam_count import load_images
+
+    images = load_images(config.images, config.dataset_name, config.dataset_config)
     if config.counts:
         counts, source = hand_counts(config.counts, [i.file_name for i in images.images]), "by_hand"
     else:
         counts = {i.file_name: read_counts(config.count_dir, i.file_name) for i in images.images}
         source = Path(config.count_dir).name
+    classes = None
+    if config.setting == "open_vocabulary":
+        if not images.categories:
+            raise ValueError("--setting open_vocabulary needs a data set with classes; use open_ended")
+        classes = {name: number for number, name in images.categories.items()}
     folder = Path("results") / images.name / config.setting / "coco_preds"
     name = f"{source}_{Path(config.rp_path).stem}_{config.clip_model}_preds_coco.json"
     path = Path(config.save_path or folder / name)
-    classes = _class_ids(images) if config.setting == "open_vocabulary" else None
-    proposals = read_proposals(config.rp_path)
-    predictions, failures = match_images(images, counts, proposals, config, config, path, classes)
-    return _told(f"{len(predictions)} labelled masks for {len(images.images)} pictures: {path}", failures)
+    predictions, failures = match_images(
+        images, counts, read_proposals(config.rp_path), config, config, path, classes
+    )
+    text = f"{len(predictions)} labelled masks for {len(images.images)} pictures: {path}"
+    return with_failures(text, failures), FAILED if failures else 0
 
 
-def _images(config: ProposeConfig | MatchConfig) -> ImageSet:
-    from utils.instructsam_count import load_images
-
-    return load_images(config.images, config.dataset_name, config.dataset_config)
-
-
-def _class_ids(images: ImageSet) -> dict[str, int]:
-    if not images.categories:
-        raise ValueError("--setting open_vocabulary needs a data set with classes; use open_ended")
-    return {name: number for number, name in images.categories.items()}
-
-
-def _told(text: str, failures: Failures) -> tuple[str, int]:
-    lines = [text, *(f"  failed: {name}: {why}" for name, why in sorted(failures.items()))]
-    return "\n".join(lines), FAILED if failures else 0
-
-
-# --------------------------------------------------------------------------------------------- proposing
-
-
-def proposer_name(config: ProposerConfig) -> str:
-    """Name of the proposal file: the published config's stem, else that of the weights."""
-    given = config.sam2_cfg or config.sam2_checkpoint
-    return Path(given).stem if given and config.proposer != "tiny" else config.proposer
-
-
-def propose_images(
-    images: ImageSet, config: ProposerConfig, device: DeviceConfig, path: StrPath
-) -> tuple[dict[str, Proposals], Failures]:
-    """Proposals of all pictures, written to `path` in the published format when all are done.
-
-    Results so far lie beside `path`; a picture is only looked at again if it or the settings changed.
-    """
-    settings = {key: value for key, value in asdict(config).items() if key in ProposerConfig.__annotations__}
-    store = PartStore(path, settings | {"precision": device.precision})
-    found: dict[str, Proposals] = {}
-    failures: Failures = {}
-    proposer: list[Callable[["np.ndarray"], Proposals]] = []
-    for image, digest in _each(images.images, failures, "proposing"):
-        stored = store.get(f"{image.file_name} {digest}")
-        if stored is None:
-            from utils.instructsam_images import read_rgb
-
-            try:
-                pixels = read_rgb(image.path)
-            except (OSError, ValueError) as error:
-                failures[image.file_name] = str(error)
-                continue
-            if not proposer:  # loaded only if there is something to do
-                from utils.instructsam_proposer import load_proposer
-
-                proposer.append(load_proposer(config, device))
-            stored = proposer[0](pixels).to_json()
-            store.put(f"{image.file_name} {digest}", stored)
-        found[image.file_name] = Proposals.from_json(stored, image.file_name)
-    store.finish({name: value.to_json() for name, value in found.items()})
-    return found, failures
-
-
-def _each(
-    images: Sequence[ImageEntry], failures: Failures, what: str
-) -> Iterator[tuple[ImageEntry, str]]:
-    """Pictures with a digest of their bytes, behind a progress bar; unreadable ones go to `failures`."""
-    from tqdm import tqdm
-
-    for image in tqdm(images, desc=what, unit="picture", disable=None):
-        try:
-            digest = hashlib.sha256(image.path.read_bytes()).hexdigest()[:16]
-        except OSError as error:
-            failures[image.file_name] = f"cannot be read: {error.strerror or error}"
-            continue
-        yield image, digest
-
-
-# ---------------------------------------------------------------------------------------------- matching
+def with_failures(text: str, failures: Failures) -> str:
+    """`text` and one line per picture that has no result."""
+    return "\n".join([text, *(f"  failed: {name}: {why}" for name, why in sorted(failures.items()))])
 
 
 def match_images(
@@ -152,52 +88,84 @@ def match_images(
     path: StrPath,
     classes: Mapping[str, int] | None = None,
 ) -> tuple[list[dict[str, Any]], Failures]:
-    """Predictions of all pictures in the published form and order, written to `path`.
+    """Predictions of all pictures in the published form and order, written to `path` when all are done.
+
+    A run that was broken off goes on behind its last picture.
 
     Args:
         classes: name -> id: keep only labels with exactly these names and write `category_id`; None keeps
             every label.
     """
-    from utils.instructsam_files import write_predictions
-    from utils.instructsam_images import read_rgb
+    from tqdm import tqdm
 
-    predictions: list[dict[str, Any]] = []
-    failures: Failures = {}
-    dropped: set[str] = set()
-    matcher: list["Matcher"] = []
-    for image, _ in _each(images.images, failures, "matching"):
+    settings = {key: value for key, value in asdict(config).items() if key in MatcherConfig.__annotations__}
+    store = PartStore(path, settings | {"classes": dict(classes or {})})
+    stage = _Matching(config, device, classes)
+    for image in tqdm(images.images, desc="matching", unit="picture", disable=None):
+        stage.add(image, counts[image.file_name], proposals, store)
+    if stage.dropped:
+        names = ", ".join(sorted(stage.dropped))
+        logger.warning("counted labels that are no classes were left out: %s", names)
+    write_predictions(path, stage.predictions)
+    store.remove()
+    return stage.predictions, stage.failures
+
+
+class _Matching:
+    """State of the matching stage while it goes through the pictures."""
+
+    def __init__(
+        self, config: MatcherConfig, device: DeviceConfig, classes: Mapping[str, int] | None
+    ) -> None:
+        self.config, self.device, self.classes = config, device, classes
+        self.predictions: list[dict[str, Any]] = []
+        self.failures: Failures = {}
+        self.dropped: set[str] = set()
+        self._matcher: Matcher | None = None
+
+    def add(
+        self, image: ImageEntry, wanted: Counts, proposals: Mapping[str, Proposals], store: PartStore
+    ) -> None:
+        """Match one picture, or take its stored result."""
         name = image.file_name
-        wanted = counts[name]
         for note in wanted.notes:
             logger.warning("%s", note)
         if wanted.state in ("missing", "broken"):
-            failures[name] = f"no counts ({wanted.state}): {'; '.join(wanted.notes)}"
-            continue
+            self.failures[name] = f"no counts ({wanted.state}): {'; '.join(wanted.notes)}"
+            return
         mine = proposals.get(name, proposals.get(Path(name).name))
         if mine is None:
-            failures[name] = "the proposal file does not name it"
-            continue
-        mine = mine.select(mine.scores >= config.rp_thr)
-        labels = {k: n for k, n in wanted.values.items() if classes is None or k in classes}
-        dropped |= wanted.values.keys() - labels.keys()
-        if not labels or not len(mine):
-            continue
-        try:
-            pixels = read_rgb(image.path)
-        except (OSError, ValueError) as error:
-            failures[name] = str(error)
-            continue
-        if not matcher:
-            matcher.append(load_matcher(config, device))
-        predictions += label_image(image, pixels, mine, labels, matcher[0], config.assigned_score, classes)
-    if dropped:
-        logger.warning("counted labels that are no classes were left out: %s", ", ".join(sorted(dropped)))
-    write_predictions(path, predictions)
-    return predictions, failures
+            self.failures[name] = "the proposal file does not name it"
+            return
+        labels = {k: n for k, n in wanted.values.items() if self.classes is None or k in self.classes}
+        self.dropped |= wanted.values.keys() - labels.keys()
+        mine = mine.select(mine.scores >= self.config.rp_thr)
+        if labels and len(mine):
+            self._match(image, mine, labels, store)
+
+    def _match(self, image: ImageEntry, mine: Proposals, labels: dict[str, int], store: PartStore) -> None:
+        from utils.instructsam_images import read_rgb
+
+        basis = json.dumps([labels, mine.to_json()], sort_keys=False)
+        key = f"{image.file_name} {hashlib.sha256(basis.encode()).hexdigest()[:16]}"
+        found = store.get(key)
+        if found is None:
+            try:
+                pixels = read_rgb(image.path)
+            except (OSError, ValueError) as error:
+                self.failures[image.file_name] = str(error)
+                return
+            if self._matcher is None:
+                self._matcher = load_matcher(self.config, self.device)
+            found = label_image(
+                image.image_id, pixels, mine, labels, self._matcher, self.config.assigned_score, self.classes
+            )
+            store.put(key, found)
+        self.predictions += found
 
 
 def label_image(
-    image: ImageEntry,
+    image_id: int,
     pixels: "np.ndarray",
     proposals: Proposals,
     counts: Mapping[str, int],
@@ -212,7 +180,7 @@ def label_image(
         found.regions.tolist(), found.labels, found.row_max.tolist(), found.similarity.tolist(), strict=True
     ):
         item: dict[str, Any] = {
-            "image_id": image.image_id,
+            "image_id": image_id,
             "bbox": proposals.boxes[region].tolist(),
             "score": own if assigned_score else highest,
         }
@@ -227,12 +195,12 @@ def label_image(
 
 def load_matcher(config: MatcherConfig, device: DeviceConfig) -> "Matcher":
     """The CLIP that the settings name, ready to match."""
-    from model.clip_tokenizer import load_clip_tokenizer
+    from model.clip_tokenizer import ClipTokenizer
     from model.instructsam.match import Matcher, RegionEncoder, TextEncoder
     from model.open_clip import clip_entry
-    from utils.instructsam_count import device_of
+    from utils.distributed import choose_device
 
     entry = clip_entry(config.clip_model, config.checkpoint_config)
-    clip = entry.load().to(device_of(device.device))
-    texts = TextEncoder(clip, load_clip_tokenizer(entry.vocabulary))
+    clip = entry.load().to(choose_device(device.device))
+    texts = TextEncoder(clip, ClipTokenizer(entry.vocabulary))
     return Matcher(texts, RegionEncoder(clip, config.crop_scale, batch_size=config.clip_batch))

@@ -208,7 +208,7 @@ def test_addresses_join_with_and_without_slash() -> None:
 
 def test_names_that_would_share_a_file_are_refused(tmp_path: Path, pictures: dict[str, bytes]) -> None:
     (tmp_path / "images" / "00.jpg").write_bytes(pictures["01.jpg"])
-    with ChatServer(pictures) as server, pytest.raises(ValueError, match="share a count file"):
+    with ChatServer(pictures) as server, pytest.raises(ValueError, match="share their output"):
         run_count(config(tmp_path, server))
 
 
