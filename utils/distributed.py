@@ -107,6 +107,34 @@ def read_environment(environ: dict[str, str] | None = None) -> dict[str, str]:
     return {**single, "MASTER_PORT": free_port()}
 
 
+def place_process(
+    process_num: int = 0, world_size: int = 1, local_rank: int = 0, device: str = "auto"
+) -> tuple[int, int, str]:
+    """(rank, number of processes, device) of a process that works on its own share without talking to others.
+
+    Args:
+        process_num, world_size, local_rank: flags, for processes started by hand; a launcher's variables win.
+        device: `auto`, `cuda`, `cpu`, or a device with its number (`cuda:1`).
+
+    Raises:
+        ValueError: launcher and flags disagree, or there is no such device.
+    """
+    environment = read_environment()
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if size == 1:
+        rank, size, local_rank = process_num, world_size, local_rank or process_num
+    elif world_size not in (1, size):
+        raise ValueError(
+            f"the launcher started {size} processes, --world_size is {world_size}; drop the flag"
+        )
+    else:
+        local_rank = int(environment["LOCAL_RANK"])
+    device = device if ":" in device else choose_device(device)
+    if device == "cuda":
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    return rank, size, device
+
+
 def first_slurm_host(nodes: str) -> str:
     """First host of a SLURM node list: `gpu[003-006,9],login` -> `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\](.*?)(?:,|$))?", nodes)
