@@ -183,10 +183,13 @@ def run(config: EvalConfig) -> str:
 def inference(config: EvalConfig) -> str:
     """Predict this process's share of the pictures, merge when all are there, and score."""
     folder = model_folder(config.pretrained_model_path, prefer_merged=True)  # before the slow imports
+    from utils.distributed import place_process
     from utils.predict_lisat import llm_weights, load_for_inference, predict
     from utils.predictions import PredictionWriter, merge_ranks, read_predictions
 
-    rank, world_size, device = _place(config)
+    rank, world_size, device = place_process(
+        config.process_num, config.world_size, config.local_rank, config.device
+    )
     model, tokenizer, processor = load_for_inference(
         folder,
         device,
@@ -328,28 +331,6 @@ def fingerprint(folder: StrPath) -> str:
                 file.seek(start)
                 digest.update(file.read(block))
     return digest.hexdigest()[:16]
-
-
-def _place(config: EvalConfig) -> tuple[int, int, str]:
-    """(rank, number of processes, device) of this process from the launcher or from the flags."""
-    from utils.distributed import choose_device, read_environment
-
-    environment = read_environment()
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    local_rank = int(environment["LOCAL_RANK"])
-    if world_size == 1:
-        rank, world_size = config.process_num, config.world_size
-        local_rank = config.local_rank or config.process_num
-    elif config.world_size not in (1, world_size):
-        raise ValueError(
-            f"the launcher started {world_size} processes, --world_size is {config.world_size}; drop the flag"
-        )
-    device = config.device if ":" in config.device else choose_device(config.device)
-    if device == "cuda":
-        import torch
-
-        device = f"cuda:{local_rank % torch.cuda.device_count()}"
-    return rank, world_size, device
 
 
 # ---------------------------------------------------------------- scoring
