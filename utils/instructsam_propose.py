@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IN_THE_SETTINGS = (
+    "multimask_output",
     "max_masks",
     "min_mask_region_area",
     "hole_filling",
@@ -152,12 +153,14 @@ def load_predictor(config: Any) -> "MaskPredictor":
     dtype = DTYPES[config.precision]
     if config.sam_checkpoint:
         sam = load_sam(config.sam_checkpoint, dtype).to(device)
-        return Sam1Predictor(sam, ImageProcessor(sam_size=sam.config.image_size).sam)
+        prepare = ImageProcessor(sam_size=sam.config.image_size).sam
+        return Sam1Predictor(sam, prepare, config.multimask_output)
     if not config.sam2_checkpoint:
         logger.warning("%s has random weights: its masks mean nothing", config.sam2_cfg)
-        return Sam2Predictor(random_sam2(config.sam2_cfg).to(device, dtype))
+        return Sam2Predictor(random_sam2(config.sam2_cfg).to(device, dtype), config.multimask_output)
     size = sam2_config(config.sam2_cfg) if config.sam2_cfg else None
-    return Sam2Predictor(load_sam2(config.sam2_checkpoint, size, dtype).to(device))
+    sam2 = load_sam2(config.sam2_checkpoint, size, dtype).to(device)
+    return Sam2Predictor(sam2, config.multimask_output)
 
 
 def propose(predictor: "MaskPredictor", rgb: "np.ndarray", config: Any) -> Proposals:

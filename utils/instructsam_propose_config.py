@@ -16,6 +16,8 @@ class ProposerConfig:
     weights is a small network with random ones, to try the commands."""
     sam_checkpoint: str = ""
     """Instead of SAM 2: SAM 1 weights (sam_vit_h_4b8939.pth, or a file of this project)."""
+    multimask_output: bool = True
+    """Three masks per point (part, object, group), as published; off: one."""
     max_masks: int = 200
     """Most proposals of a picture; the best by (predicted IoU + stability) / 2 stay."""
     min_mask_region_area: int = 0

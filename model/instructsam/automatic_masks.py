@@ -253,7 +253,7 @@ def _draw(
     if config.stability_score_thresh > 0:
         stable = stability >= config.stability_score_thresh
     stable = stable.nonzero()[:, 0]
-    masks = logits[stable.to(logits.device)] > config.mask_threshold
+    masks = (logits > config.mask_threshold)[stable.to(logits.device)]
     return _edges(masks.flatten(1)), stable, stability[stable].numpy()
 
 

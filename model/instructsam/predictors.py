@@ -42,11 +42,17 @@ class MaskPredictor(Protocol):
         """Masks for single foreground points (n, 2), float x, y in pixels of the crop."""
 
 
-class Sam2Predictor:
-    """SAM 2 with three masks per point. Masks are drawn only for points that have one to be kept."""
+def _tokens(multimask: bool) -> slice:
+    """Mask tokens in use: the three alternatives, or the single mask."""
+    return slice(1, None) if multimask else slice(0, 1)
 
-    def __init__(self, model: Sam2) -> None:
-        self.model = model
+
+class Sam2Predictor:
+    """SAM 2 with three masks per point, or one (`multimask` False). Masks are drawn only for points that
+    have one to be kept."""
+
+    def __init__(self, model: Sam2, multimask: bool = True) -> None:
+        self.model, self.tokens = model, _tokens(multimask)
 
     @property
     def device(self) -> torch.device:
@@ -65,31 +71,38 @@ class Sam2Predictor:
         coords = points * side / points.new_tensor([width, height])
         labels = torch.ones(len(points), 1, dtype=torch.long, device=points.device)
         decoded = self.model.decode(features, coords[:, None], labels)
-        return Sam2Candidates(self.model, features, decoded, (height, width))
+        return Sam2Candidates(self.model, features, decoded, self.tokens, (height, width))
 
 
 class Sam2Candidates:
-    """Masks 1 to 3 of every point."""
+    """Masks of n points, not drawn yet."""
 
     def __init__(
-        self, model: Sam2, features: Sam2Features, decoded: Sam2Decoded, size: tuple[int, int]
+        self,
+        model: Sam2,
+        features: Sam2Features,
+        decoded: Sam2Decoded,
+        tokens: slice,
+        size: tuple[int, int],
     ) -> None:
-        self.model, self.features, self.decoded, self.size = model, features, decoded, size
-        self.iou = decoded.iou[:, 1:].float()
+        self.model, self.features, self.decoded = model, features, decoded
+        self.tokens, self.size = tokens, size
+        self.iou = decoded.iou[:, tokens].float()
 
     def logits(self, index: Tensor) -> Tensor:
         """See `Candidates`."""
         count = self.iou.shape[1]
         points, row = torch.unique_consecutive(index // count, return_inverse=True)
-        low = self.model.mask_logits(self.features, self.decoded, points)[row, index % count]
+        low = self.model.mask_logits(self.features, self.decoded, points, self.tokens)[row, index % count]
         return _resize(low.float(), self.size)
 
 
 class Sam1Predictor:
-    """SAM 1 with three masks per point; `prepare` is the preprocessing that belongs to its weights."""
+    """SAM 1 with three masks per point, or one (`multimask` False); `prepare` is the preprocessing that
+    belongs to its weights."""
 
-    def __init__(self, model: Sam, prepare: Prepare) -> None:
-        self.model, self.prepare = model, prepare
+    def __init__(self, model: Sam, prepare: Prepare, multimask: bool = True) -> None:
+        self.model, self.prepare, self.multimask = model, prepare, multimask
 
     @property
     def device(self) -> torch.device:
@@ -113,13 +126,13 @@ class Sam1Predictor:
         coords = points * points.new_tensor([inside[1] / size[1], inside[0] / size[0]])
         labels = torch.ones(len(points), 1, dtype=torch.long, device=points.device)
         low, iou = self.model(
-            image_embeddings=embedding, points=(coords[:, None], labels), multimask_output=True
+            image_embeddings=embedding, points=(coords[:, None], labels), multimask_output=self.multimask
         )
         return Sam1Candidates(self.model, low, iou.float(), inside, size)
 
 
 class Sam1Candidates:
-    """Masks 1 to 3 of every point."""
+    """Masks of n points at low resolution."""
 
     def __init__(
         self, model: Sam, low: Tensor, iou: Tensor, inside: tuple[int, int], size: tuple[int, int]
