@@ -20,6 +20,8 @@ class ValidateConfig:
     """How GRES polygons are filled for the statistics."""
     json: str = ""
     """Also write the report as JSON to this file."""
+    gres_stats: str = ""
+    """Also write statistics of GRES annotations (all splits below --path) to this JSON file."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_config(ValidateConfig, argv, prog="validate_data.py")
         from dataset.validate import validate
-        from utils.io import atomic_write_text
+        from utils.io import atomic_write_json, atomic_write_text
 
+        if config.gres_stats:
+            from dataset.gres_stats import gres_statistics
+
+            atomic_write_json(config.gres_stats, gres_statistics(config.path).to_dict())
         report = validate(config.path, config.format, config.fast, config.mask_raster)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
