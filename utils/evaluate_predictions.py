@@ -189,6 +189,7 @@ def scored(config: ScoreConfig) -> "tuple[Predictions, list[Mismatch]]":
         "mismatch": f"{config.mismatch}, {len(mismatches)} found",
         "left_out": f"{left_out} unusable entries of the data set" if left_out else None,
         "size_rule": _size_rule(config),
+        "large_area": config.large_area if _by_rule(config) else None,
         "seed": config.seed,
     }
     return Predictions(header, images), mismatches
@@ -248,9 +249,8 @@ def read_pictures(config: ScoreConfig) -> "tuple[list[Picture], int]":
     )
     spec = dataset_spec(config)
     data = load_dataset(spec, config.dataset_dir, options)
-    by_rule = config.sizes == "rule" and not config.large_list and not config.small_list
     official = None
-    if by_rule and config.raster != "official":
+    if _by_rule(config) and config.raster != "official":
         official = load_dataset(spec, config.dataset_dir, replace(options, raster="official"))
     targets = ReadTargets(data, official)
     pictures = join_pictures(mapped(targets, _workers(config, len(targets)), "reading"))
@@ -283,6 +283,10 @@ def _size_labels(config: ScoreConfig) -> dict[str, str] | None:
     if config.sizes == "folders":
         return labels_from_folders(config.dataset_dir, dataset_spec(config).partition("|")[0])
     return None
+
+
+def _by_rule(config: ScoreConfig) -> bool:
+    return config.sizes == "rule" and not config.large_list and not config.small_list
 
 
 def _size_rule(config: ScoreConfig) -> str:

@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 44
 _MOST_DOTS = 4000
 
 
@@ -32,9 +32,10 @@ def histogram(values: Sequence[float], bins: int = 20) -> tuple[str, list[tuple[
 
 
 def against_size(
-    areas: Sequence[int], ious: Sequence[float], large_area: int, seed: int = 0
+    areas: Sequence[int], ious: Sequence[float], large_area: int | None, seed: int = 0
 ) -> tuple[str, list[tuple[str, str, str]]]:
-    """(SVG, rows of the bins) of IoU over target area (> 0, logarithmic): a dot per query, means per bin."""
+    """(SVG, rows of the bins) of IoU over target area (> 0, logarithmic): a dot per query, means per bin, a
+    line where targets begin to be called large (None: nowhere)."""
     area, iou = np.asarray(areas, dtype=np.float64), np.asarray(ious, dtype=np.float64)
     low = math.floor(math.log2(max(1.0, area.min()))) if len(area) else 0
     high = max(low + 1, math.ceil(math.log2(area.max() + 1)) if len(area) else 1)
@@ -53,7 +54,7 @@ def against_size(
         shown = np.sort(np.random.default_rng(seed).permutation(len(shown))[:_MOST_DOTS])
     dots = [f"M{_x(place[k]):.1f} {_y(iou[k]):.1f}h0" for k in shown]
     parts.append(f'<path class="dots" d="{"".join(dots)}"/>')
-    if low < math.log2(large_area) < high:
+    if large_area and low < math.log2(large_area) < high:
         parts += _mark(_x((math.log2(large_area) - low) / span), f"{large_area} px")
     rows, line = [], []
     for power in range(low, high):

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 TRUTH, FOUND = (0, 114, 178), (230, 159, 0)  # told apart with any kind of colour vision
 _MANY_TILES = 36
+_MOST_BYTES = 2_500_000  # of all pictures together
+_QUALITIES = (80, 65, 50, 35, 20)
 _GREY = 128
 _LISTED = 200
 
@@ -47,17 +49,18 @@ p{margin:.25rem 0 .75rem}.soft,figcaption,summary{color:var(--soft)}
 .cards div{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem}
 .cards dt{color:var(--soft)}.cards dd{margin:0;font-variant-numeric:tabular-nums}
 .cards .big{font-size:1.75rem;font-weight:650;line-height:1.2}.cards .small{font-size:.9rem;color:var(--soft)}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;position:relative}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.95rem}
-caption{text-align:left;color:var(--soft);padding:.25rem 0}
+caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}thead th{border-bottom:2px solid var(--line)}
 .words td,.words th{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.5rem}
 figure{margin:0}svg{width:100%;height:auto;display:block}
-svg text{fill:var(--ink);font-size:13px}svg .marked{fill:var(--mark)}
+svg text{fill:var(--ink);font-size:13px}svg .marked{fill:var(--mark);
+paint-order:stroke;stroke:var(--paper);stroke-width:5px}
 .grid{stroke:var(--line)}.bar{fill:var(--bar)}.mark{stroke:var(--mark);stroke-width:1.5;stroke-dasharray:5 4}
-.dots{stroke:var(--bar);stroke-width:5;stroke-linecap:round;stroke-opacity:.35;fill:none}
+.dots{stroke:var(--bar);stroke-width:5;stroke-linecap:round;stroke-opacity:.5;fill:none}
 .line{stroke:var(--mark);stroke-width:2;fill:none}.point{fill:var(--mark)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:1.25rem;
 margin:0;padding:0}
@@ -94,7 +97,7 @@ def write_html(
         _opening(name, report),
         _cards(report),
         _section("Scores", _score_table(report)),
-        _section("Distribution", _charts(rows, seed)),
+        _section("Distribution", _charts(rows, seed, report["header"].get("large_area", LARGE_AREA))),
         _tables(report),
         _mismatches(report.get("mismatches") or []),
         _gallery(rows, predictions, load_image, number, seed),
@@ -144,7 +147,10 @@ def _interval(report: Mapping[str, Any], key: str) -> str:
 
 def _score_table(report: Mapping[str, Any]) -> str:
     level, boot = round(100 * report["confidence_level"]), report.get("bootstrap") or {}
-    values = dict(report["scores"]) | dict(report.get("presence") or {})
+    first = {
+        key: report["scores"][key] for key in ("giou", "ciou", "boundary_iou") if key in report["scores"]
+    }
+    values = first | dict(report["scores"]) | dict(report.get("presence") or {})
     rows = []
     for key, value in values.items():
         if key.startswith("n_"):
@@ -169,11 +175,11 @@ def _score_table(report: Mapping[str, Any]) -> str:
     return _table(heads, [row[: len(heads)] for row in rows], "Scores") + f'<p class="soft">{note}</p>'
 
 
-def _charts(rows: Sequence[Row], seed: int) -> str:
+def _charts(rows: Sequence[Row], seed: int, large_area: int | None) -> str:
     there = [row for row in rows if row["target"] > 0]
     ious = [row["iou"] for row in there]
     bars, bins = html_charts.histogram(ious)
-    dots, sizes = html_charts.against_size([row["target"] for row in there], ious, LARGE_AREA, seed)
+    dots, sizes = html_charts.against_size([row["target"] for row in there], ious, large_area, seed)
     empty = len(rows) - len(there)
     more = f", without {empty} queries whose target is empty" if empty else ""
     return (
@@ -255,8 +261,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str, ki
 
 
 def choose_queries(rows: Sequence[Row], number: int, seed: int) -> dict[str, list[int]]:
-    """Numbers of the rows to show: "Best" and "Worst" (one per picture, empty targets left out), "Random"."""
-    there = [k for k, row in enumerate(rows) if row["target"] > 0]
+    """Numbers of the rows to show: "Best" and "Worst" (one per picture; without empty targets and queries
+    that have no usable prediction), "Random"."""
+    there = [k for k, row in enumerate(rows) if row["target"] > 0 and not row["mismatch"]]
     worst = sorted(there, key=lambda k: (rows[k]["iou"], -rows[k]["target"]))
     best = sorted(there, key=lambda k: (-rows[k]["iou"], -rows[k]["target"]))
     drawn = np.random.default_rng(seed).permutation(len(rows))[:number].tolist()
@@ -283,15 +290,15 @@ def _gallery(
         return ""
     pairs = [(image, record) for image in predictions.images for record in image["queries"]]
     chosen = choose_queries(rows, number, seed)
-    many = sum(map(len, chosen.values())) > _MANY_TILES
-    side, quality = (176, 60) if many else (288, 80)
+    tiles_wanted = sum(map(len, chosen.values()))
+    side, most = 176 if tiles_wanted > _MANY_TILES else 288, _MOST_BYTES // tiles_wanted
     parts = [
         '<p class="soft key">Picture, ground truth, prediction.'
         '<span style="background:var(--truth)"></span>ground truth'
         '<span style="background:var(--found)"></span>prediction</p>'
     ]
     for heading, numbers in chosen.items():
-        tiles = [_tile(rows[k], *pairs[k], load_image, side, quality) for k in numbers]
+        tiles = [_tile(rows[k], *pairs[k], load_image, side, most) for k in numbers]
         if tiles:
             parts.append(f'<h3>{heading}</h3><ul class="tiles">{"".join(tiles)}</ul>')
     return _section("Gallery", "".join(parts))
@@ -303,7 +310,7 @@ def _tile(
     record: Mapping[str, Any],
     load_image: Callable[[str], np.ndarray],
     side: int,
-    quality: int,
+    most: int,
 ) -> str:
     prediction, target = decode_mask(record["prediction"]), target_mask(record)
     note = ""
@@ -328,16 +335,18 @@ def _tile(
     alt = f"Picture, ground truth and prediction for: {row['query']}; IoU {row['iou']:.2f}"
     said = f"<br>Answer: {escape(row['generated'])}" if row["generated"] else ""
     return (
-        f'<li><figure><img src="{_data(strip, quality)}" width="{strip.shape[1]}" height="{strip.shape[0]}" '
+        f'<li><figure><img src="{_data(strip, most)}" width="{strip.shape[1]}" height="{strip.shape[0]}" '
         f'alt="{escape(alt)}"><figcaption><strong>{escape(row["query"])}</strong><br>'
         f"{escape(' · '.join(facts))}{escape(note)}{said}<br>{escape(Path(row['image']).name)}"
         "</figcaption></figure></li>"
     )
 
 
-def _data(image: np.ndarray, quality: int) -> str:
-    """Picture (RGB) as the text of a JPEG data address."""
-    _, data = cv2.imencode(
-        ".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality]
-    )
+def _data(image: np.ndarray, most: int) -> str:
+    """Picture (RGB) as the text of a JPEG data address, of about `most` bytes at the most."""
+    bgr = np.ascontiguousarray(image[..., ::-1])
+    for quality in _QUALITIES:
+        _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        if len(data) <= most:
+            break
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode("ascii")
