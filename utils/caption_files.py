@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.io import StrPath
+from utils.io import StrPath, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def _question_id(line: dict[str, Any], faults: list[str]) -> int | None:
 
 def _text(line: dict[str, Any], name: str, faults: list[str], required: bool) -> str:
     value = line.get(name, None if required else "")
-    if isinstance(value, str) and _encodable(value):
+    if is_text(value, empty=True):
         return value
     if isinstance(value, str):
         faults.append(f"field {name}: holds half of a surrogate pair (a broken \\u escape)")
@@ -244,20 +244,12 @@ def _answers(line: dict[str, Any], faults: list[str], required: bool) -> tuple[t
     if "answer" not in line and not required:
         return (), False
     texts = value if isinstance(value, list) else [value]
-    good = all(isinstance(text, str) and _encodable(text) and text.strip() for text in texts)
+    good = all(is_text(text) for text in texts)
     if not texts or not good:
         found = f"found {_shown(value)}" if "answer" in line else "it is missing"
         faults.append(f"field answer: expected a text or a list of texts, none empty, {found}")
         return (), False
     return tuple(texts), isinstance(value, list)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from utils.answer_files import AnswerFile, plan_batches
 from utils.caption_files import Question, dataset_key, read_questions, some
+from utils.io import is_there
 
 if TYPE_CHECKING:
     from model.layouts import Layout
@@ -210,7 +211,7 @@ def _read(config: PredictVqaConfig, source: Path) -> tuple[list[Question], dict[
     questions = read_questions(source, images=True)
     questions = questions[: config.limit] if config.limit else questions
     pictures = find_pictures(questions, [Path(config.dataset_base), source.parent])
-    missing = [name for name, path in pictures.items() if not path.is_file()]
+    missing = [name for name, path in pictures.items() if not is_there(path)]
     if missing:
         said = (
             f"{source}: {len(missing)} of {len(pictures)} pictures are not there ({some(missing)}), neither "
@@ -226,7 +227,7 @@ def find_pictures(questions: Sequence[Question], folders: Sequence[Path]) -> dic
     """Path of every picture name: in the first of the folders that has it, else in the first."""
     names = dict.fromkeys(question.image for question in questions)
     return {
-        name: next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
+        name: next((folder / name for folder in folders if is_there(folder / name)), folders[0] / name)
         for name in names
     }
 

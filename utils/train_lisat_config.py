@@ -148,12 +148,27 @@ class TrainLisatConfig(EngineConfig):
     text_fcs_scale: float = 1.0
     """Factor on the output of a fresh text_hidden_fcs (small models: 5 lets SAM hear the prompt at once)."""
 
+    val_caption: str = ""
+    """Caption files (JSON lines) to be answered and scored with BLEU and CIDEr after every validation, joined
+    by ||; 'published': the three files below. Empty = none."""
+    val_caption_limit: int = 0
+    """The first so many questions of each file only; 0 = all."""
+    val_caption_tokens: int = 128
+    """Longest caption (the published training allows 1024)."""
+    val_caption_batch: int = 16
+    """Captions per process and call of the model."""
     vqa_eval_file_nwpu: str = "./dataset/vqa_caption/NWPU-Captions.jsonl"
-    """Accepted for old command lines; captions are scored after training."""
+    """A caption file of --val_caption published."""
     vqa_eval_file_sydney: str = "./dataset/vqa_caption/Sydney-Captions.jsonl"
-    """Accepted for old command lines; captions are scored after training."""
+    """A caption file of --val_caption published."""
     vqa_eval_file_ucm: str = "./dataset/vqa_caption/UCM-Captions.jsonl"
-    """Accepted for old command lines; captions are scored after training."""
+    """A caption file of --val_caption published."""
+
+    def caption_files(self) -> list[str]:
+        """The files of `--val_caption`."""
+        if self.val_caption == "published":
+            return [self.vqa_eval_file_nwpu, self.vqa_eval_file_sydney, self.vqa_eval_file_ucm]
+        return [path.strip() for path in self.val_caption.split("||") if path.strip()]
 
     def settled(self) -> "TrainLisatConfig":
         """These settings with those filled in that depend on the stage."""
@@ -192,10 +207,10 @@ class TrainLisatConfig(EngineConfig):
             faults.append(str(error))
         if self.load_in_8bit or self.load_in_4bit:
             faults.append("--load_in_8bit, --load_in_4bit: not available in training; use --precision bf16")
-        for name in ("val_batch_size", "num_classes_per_sample"):
+        for name in ("val_batch_size", "val_caption_batch", "val_caption_tokens", "num_classes_per_sample"):
             if getattr(self, name) < 1:
                 faults.append(f"--{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("image_size", "out_dim", "lora_r", "val_limit"):
+        for name in ("image_size", "out_dim", "lora_r", "val_limit", "val_caption_limit"):
             if getattr(self, name) < 0:
                 faults.append(f"--{name} must not be negative, found {getattr(self, name)}")
         for name in ("ce_loss_weight", "dice_loss_weight", "bce_loss_weight"):
@@ -211,6 +226,10 @@ class TrainLisatConfig(EngineConfig):
             faults.append(f"--lora_dropout must be at least 0 and less than 1, found {self.lora_dropout}")
         if self.cache_image_embeddings and self.zero_stage == 3:
             faults.append("--cache_image_embeddings needs --zero_stage 0, 1 or 2 (3 splits SAM's weights)")
+        if self.val_caption and self.zero_stage == 3:
+            faults.append("--val_caption needs --zero_stage 0, 1 or 2 (3 splits the language model)")
+        if self.val_caption and self.no_eval:
+            faults.append("--val_caption belongs to the validation, which --no_eval switches off")
         return faults + self._missing_files()
 
     def _stage_faults(self) -> list[str]:

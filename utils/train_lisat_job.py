@@ -43,6 +43,7 @@ from utils.train_lisat_data import (
     shows_image,
 )
 from utils.train_lisat_language import LanguageValidation, build_language_model, describe_language, mark_stage
+from utils.val_captions import CaptionValidation
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Setup:
     collate: Collator
     train_data: SizedData
     val_data: Dataset[Sample] | None
+    captions: CaptionValidation | None = None
 
 
 def dry_run(config: TrainLisatConfig) -> dict[str, Any]:
@@ -127,6 +129,12 @@ def open_setup(config: TrainLisatConfig) -> Setup:
             val_data = _open_validation(config)
         except (ValueError, OSError) as error:
             faults.append(f"--val_dataset: {error}")
+    captions = None
+    if config.val_caption and tokenizer is not None and processor is not None:
+        try:
+            captions = CaptionValidation(config, tokenizer, processor)
+        except ValueError as error:
+            faults.append(f"--val_caption: {error}")
     if faults:
         raise ConfigError(faults)
     collate = Collator(
@@ -143,7 +151,8 @@ def open_setup(config: TrainLisatConfig) -> Setup:
         data = parts[0] if alone else Hybrid(parts, rates, config.sampling)
     else:
         data = Joined(parts)
-    return Setup(config, lisat, tokenizer, collate, Prepared(data, collate.fits, *_choice(config)), val_data)
+    data = Prepared(data, collate.fits, *_choice(config))
+    return Setup(config, lisat, tokenizer, collate, data, val_data, captions)
 
 
 def _describe_lisat(config: TrainLisatConfig, tokenizer: Tokenizer) -> LisatConfig:
@@ -261,10 +270,13 @@ def validation(setup: Setup) -> Callable[[Engine], dict[str, float]] | None:
     """The validation of the stage; None without validation data."""
     if setup.val_data is None:
         return None
-    if setup.config.stage == "segmentation":
-        return Validation(setup)
-    config = setup.config
-    return LanguageValidation(setup.val_data, setup.collate, config.val_batch_size, config.workers)
+    config, captions = setup.config, setup.captions
+    main: Callable[[Engine], dict[str, float]]
+    if config.stage == "segmentation":
+        main = Validation(setup)
+    else:
+        main = LanguageValidation(setup.val_data, setup.collate, config.val_batch_size, config.workers)
+    return main if captions is None else lambda engine: main(engine) | captions(engine)
 
 
 class Validation:
