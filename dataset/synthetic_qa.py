@@ -5,10 +5,14 @@ pool of scenes that pretraining draws from, and the per-patch targets that teach
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import cv2
 import numpy as np
+from tqdm import tqdm
 
 from dataset.synthetic import COLOURS, KINDS, Query, Scene, SceneObject, ask, draw_scene, turn_scene
+from utils.io import StrPath, atomic_write_json
 
 GRID = 16
 _WHERE = ("Where is {}?", "Locate {}.", "Find {}.", "Point to {}.")
@@ -56,6 +60,39 @@ def ask_and_answer(scene: Scene, rng: np.random.Generator, count: int) -> list[t
     """A caption, one count, one naming question and `count` questions for places, as (question, answer)."""
     pairs = [_caption(scene), _count(scene, rng), _name_at(scene, rng)]
     return pairs + [_locate(scene, query, rng) for query in ask(scene, rng, count)]
+
+
+def write_conversations(
+    folder: StrPath, count: int, seed: int, questions: int = 8, size: int = 128
+) -> tuple[Path, Path]:
+    """Answers in words about the scenes that `write_scenes` draws with the same arguments, as VQA data.
+
+    Writes `captions.json` (one description each) and `instructions.json` (a dialogue of up to `questions`
+    + 2 turns each) into `folder` and returns them; pictures that are not there yet are drawn.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    captions, dialogues = [], []
+    for number in tqdm(range(count), desc=f"questions {folder}", unit="scene", mininterval=1.0):
+        rng = np.random.default_rng((seed, number))
+        scene, name = draw_scene(rng, size), f"{number:06d}.png"
+        if not (folder / "images" / name).is_file():
+            cv2.imwrite(str(folder / "images" / name), scene.image[..., ::-1])
+        caption, *pairs = ask_and_answer(scene, rng, questions)
+        captions.append(_dialogue(number, name, [caption]))
+        dialogues.append(_dialogue(number, name, [pairs[i] for i in rng.permutation(len(pairs))]))
+    files = folder / "captions.json", folder / "instructions.json"
+    for file, rows in zip(files, (captions, dialogues)):
+        atomic_write_json(file, rows)
+    return files
+
+
+def _dialogue(number: int, picture: str, pairs: list[tuple[str, str]]) -> dict[str, object]:
+    turns = []
+    for place, (question, answer) in enumerate(pairs):
+        text = question if place else f"<image>\n{question}"
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return {"id": str(number), "image": picture, "conversations": turns}
 
 
 def patch_targets(scene: Scene, patch: int) -> np.ndarray:

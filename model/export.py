@@ -76,6 +76,8 @@ def save_lisat(
     state = _checked_state(model)
     dtypes = {name: _dtype(name, tensor, dtype, mask_dtype) for name, tensor in state.items()}
     config = own_config(model, dtypes) if layout == "lisat" else published_config(model, dtypes)
+    if layout == "published" and getattr(processor, "clip_pad", False):
+        config["image_aspect_ratio"] = "pad"
     with atomic_dir(folder) as beside:
         if layout == "lisat":
             write_shards(beside, state, max_shard_size, dtypes)

@@ -30,6 +30,8 @@ class DrawConfig:
     """Side of a scene in pixels."""
     seed: int = 0
     """Seed; every split continues differently from it."""
+    words: bool = False
+    """Also write questions with answers in words: captions.json and instructions.json in every split."""
     list_questions: str = ""
     """Draw nothing; print the questions of the first scene in this folder, one per line."""
 
@@ -45,13 +47,15 @@ def main(argv: list[str] | None = None) -> None:
             print(text if text.endswith("?") else f"Find {text}.")
         return
     from dataset.synthetic import write_scenes
+    from dataset.synthetic_qa import write_conversations
 
     for number, split in enumerate(("train", "val", "test")):
         count = getattr(config, split)
         if count:
-            write_scenes(
-                Path(config.out) / split, count, config.seed * 3 + number, config.questions, config.size
-            )
+            settings = count, config.seed * 3 + number, config.questions, config.size
+            write_scenes(Path(config.out) / split, *settings)
+            if config.words:
+                write_conversations(Path(config.out) / split, *settings)
 
 
 if __name__ == "__main__":

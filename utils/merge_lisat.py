@@ -155,8 +155,8 @@ def find_processor(folder: str, sam_size: int | None = None, vision_tower: str |
     """Image settings of a model folder: its own file, else its tower's preprocessor_config.json.
 
     Args:
-        sam_size: side of SAM's input; None for a model without masks. Only such a model of the published
-            layout pads its pictures to squares where its config says so; the published LISAT never does.
+        sam_size: side of SAM's input; None for a model without masks. A LISAT made from a base never pads
+            the tower's pictures to squares, as published, whatever the base does.
         vision_tower: the tower, if it is not where the folder says.
     """
     from dataset.image import FILE_NAME, ImageProcessor
@@ -164,10 +164,11 @@ def find_processor(folder: str, sam_size: int | None = None, vision_tower: str |
     from utils.hub import resolve
 
     base = resolve(folder, what="base folder")
+    layout = read_layout(base)
     if (base / FILE_NAME).is_file():
         processor = ImageProcessor.from_pretrained(base)
-        return replace(processor, sam_size=sam_size or processor.sam_size)
-    layout = read_layout(base)
+        pad = processor.clip_pad and (sam_size is None or layout.whole)
+        return replace(processor, sam_size=sam_size or processor.sam_size, clip_pad=pad)
     named = vision_tower or layout.tower
     if not named:
         raise ValueError(

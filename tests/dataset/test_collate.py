@@ -85,6 +85,25 @@ def test_long_rows_are_cut_or_dropped(tokenizer: Tokenizer, caplog: pytest.LogCa
         collate(samples, tokenizer, PROCESSOR, model_max_length=15, num_patches=16)
 
 
+def test_what_was_left_out_before_counts_and_sam_may_be_spared(tokenizer: Tokenizer) -> None:
+    samples = [sample(["[SEG]"]), sample(["No."], 5, 9)]
+    samples[1].dropped = 2
+    whole, spared = (collate(samples, tokenizer, PROCESSOR, sam_stream=sam) for sam in (True, False))
+    assert whole["dropped"] == spared["dropped"] == 2
+    assert spared["images"] is None and whole["images"].shape == (2, 3, 16, 16)
+    assert whole["sam_mask_shape_list"] == spared["sam_mask_shape_list"]
+    assert torch.equal(whole["images_clip"], spared["images_clip"])
+
+
+def test_fits_says_what_a_batch_keeps(tokenizer: Tokenizer) -> None:
+    samples = [sample(["[SEG]", "and on " * 40, "so " * 60 + "[SEG]", "so " * 60 + "[SEG]" + "so" * 200])]
+    length = int(collate(samples, tokenizer, PROCESSOR)["attention_masks"][0].sum()) + 8
+    collator = Collator(tokenizer, PROCESSOR, model_max_length=length + 15, num_patches=16)
+    fitting = [collator.fits(conversation) for conversation in samples[0].conversations]
+    assert fitting == [True, True, False, False] and collator(samples)["dropped"] == fitting.count(False)
+    assert all(map(Collator(tokenizer, PROCESSOR).fits, samples[0].conversations))
+
+
 def test_masks_must_fit_the_answers(tokenizer: Tokenizer) -> None:
     wrong = sample(["[SEG]"])
     wrong.conversations[0].masks = np.zeros((2, 6, 12), np.uint8)

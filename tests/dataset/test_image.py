@@ -105,3 +105,18 @@ def test_clip_folders_with_other_steps_are_refused(tmp_path: Path, config: dict)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError):
         ImageProcessor.from_clip_dir(tmp_path)
+
+
+def test_pictures_padded_to_squares_lose_nothing() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 44, 3), dtype=np.uint8)
+    processor = ImageProcessor(sam_size=64, clip_size=28, clip_pad=True)
+    square = np.empty((44, 44, 3), np.uint8)
+    square[:] = [122, 116, 104]  # the mean colour in whole grey levels
+    square[12:32] = rgb
+    assert torch.equal(processor.clip(rgb), ImageProcessor(clip_size=28).clip(square))
+    assert torch.equal(
+        processor.clip(rgb.swapaxes(0, 1)), ImageProcessor(clip_size=28).clip(square.swapaxes(0, 1))
+    )
+    assert torch.equal(processor.clip(square), ImageProcessor(clip_size=28).clip(square))
+    assert torch.equal(processor.sam(rgb)[0], ImageProcessor(sam_size=64).sam(rgb)[0])
+    assert ImageProcessor.from_dict(processor.to_dict()) == processor
