@@ -19,12 +19,12 @@ import numpy as np
 from dataset.base import ConversationData, DataError, Fault, ReadOptions, picture_size
 from dataset.draws import Draws, Rng
 from dataset.image import load_rgb
-from dataset.index import Inputs, Listing, indexed
+from dataset.index import Chosen, Inputs, Listing, indexed
 from dataset.masks import Raster, Shape, check_raster, rasterise, ring_array, touches
 from dataset.sample import Conversation, Sample
 from dataset.templates import Pick
 from dataset.text import IMAGE_TOKEN, SEG_TOKEN
-from utils.io import StrPath, is_text, is_there
+from utils.io import StrPath, is_text, is_there, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +115,17 @@ def parse_annotation(data: bytes, source: StrPath) -> Annotation:
 
 def _decode(data: bytes, source: StrPath) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return parse_json(data.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise DataError(source, "", f"not valid JSON at {where}: {error.msg}") from error
     except UnicodeDecodeError:
         pass
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+    except ValueError as error:
         raise DataError(source, "", f"not usable JSON: {error}") from error
     try:
-        return json.loads(data.decode("cp1252"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(data.decode("cp1252"))
+    except ValueError as error:
         raise DataError(source, "", f"neither UTF-8 nor Windows-1252 JSON: {error}") from error
 
 
@@ -291,20 +291,22 @@ def _entry(path: Path, pictures: Path, only_beside: bool) -> Entry:
     return Entry(path, picture, annotation, size)
 
 
-def open_split(
-    folders: SplitFolders, only_beside: bool, index: str, root: StrPath
-) -> tuple[list[Entry], list[Fault]]:
-    """`read_split` behind an index (`dataset.index.indexed`)."""
+def open_split(folders: SplitFolders, only_beside: bool, index: str, root: StrPath) -> Listing:
+    """`read_split` behind an index (`dataset.index.indexed`).
+
+    Returns:
+        Entries, and the fact "without_target": [place, file] of those that have none.
+    """
 
     def build() -> Listing:
         entries, faults = read_split(folders, only_beside)
-        return Listing([_stored(entry) for entry in entries], faults=faults)
+        empty = [[n, str(e.json_path)] for n, e in enumerate(entries) if not e.annotation.has_target]
+        return Listing(entries, {"without_target": empty}, faults)
 
     files = (folders.list_file,) if folders.list_file else ()
     inputs = Inputs(files, tuple(dict.fromkeys((folders.annotations, folders.pictures))))
     name = f"gres-{folders.annotations.parent.name}-{folders.annotations.name}"
-    listing = indexed(name, inputs, build, index, root, only_beside=only_beside)
-    return [_restored(item) for item in listing.items], listing.faults
+    return indexed(name, inputs, build, index, root, _stored, _restored, only_beside=only_beside)
 
 
 def _stored(entry: Entry) -> dict[str, Any]:
@@ -363,16 +365,13 @@ class GresData(ConversationData):
         super().__init__(f"{name}|{splits}", options)
         check_raster(options.raster)
         self.false_premise = name == "ReasonSeg" if false_premise is None else false_premise
-        self.entries: list[Entry] = []
+        self.entries = Chosen()
         for folders in _split_folders(root, name, splits, options.list_file):
-            entries, faults = open_split(folders, name == "ReasonSeg", options.index, root)
-            self.faults += faults
-            for entry in entries:
-                if not entry.annotation.has_target and (options.train or not options.keep_empty):
-                    message = "no target shape (keep_empty keeps such files in evaluation)"
-                    self.faults.append(Fault(str(entry.json_path), "shapes", message))
-                else:
-                    self.entries.append(entry)
+            listing = open_split(folders, name == "ReasonSeg", options.index, root)
+            empty = {} if options.keep_empty and not options.train else dict(listing.facts["without_target"])
+            message = "no target shape (keep_empty keeps such files in evaluation)"
+            self.faults += [*listing.faults, *(Fault(file, "shapes", message) for file in empty.values())]
+            self.entries.add(listing.items, [n for n in range(len(listing.items)) if n not in empty])
         self._settle()
 
     def __len__(self) -> int:

@@ -56,14 +56,14 @@ class Inputs:
             size += status.st_size if status else 0
         for folder, with_status in [*((f, True) for f in self.folders), *((f, False) for f in self.listed)]:
             for entry in sorted(_entries(folder), key=lambda entry: entry.name):
-                note(str(folder / entry.name), entry.stat() if with_status else None)
+                note(entry.path, entry.stat() if with_status else None)
                 count += with_status
         return digest.hexdigest(), count >= _WORTH_FILES or size >= _WORTH_BYTES
 
 
 @dataclass
 class Listing:
-    """What a reader found: items (JSON values), facts about all of them, and faults of what is unusable."""
+    """What a reader found: items, facts about all of them (JSON values), and faults of what is unusable."""
 
     items: Sequence[Any]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -71,10 +71,13 @@ class Listing:
 
 
 class StoredItems(Sequence[Any]):
-    """Items of an index file, read one at a time; every process opens the file for itself."""
+    """Items of an index file, read one at a time; every process opens the file for itself.
 
-    def __init__(self, path: Path, length: int) -> None:
-        self.path, self.length = path, length
+    `decode` makes an item from its JSON value.
+    """
+
+    def __init__(self, path: Path, length: int, decode: Callable[[Any], Any] | None = None) -> None:
+        self.path, self.length, self.decode = path, length, decode
         self._connection: sqlite3.Connection | None = None
         self._owner = -1
 
@@ -89,17 +92,39 @@ class StoredItems(Sequence[Any]):
             raise IndexError(f"{self.path} has {self.length} items, asked for number {place}")
         try:
             row = self._open().execute("SELECT body FROM items WHERE place = ?", (int(place),)).fetchone()
-            return json.loads(row[0])
+            value = json.loads(row[0])
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise ValueError(f"index {self.path} is damaged ({error}); delete it and start again") from error
+        return value if self.decode is None else self.decode(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "length": self.length, "_connection": None, "_owner": -1}
+        return vars(self) | {"_connection": None, "_owner": -1}
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():  # a connection must not cross a fork
             self._connection, self._owner = _connect(self.path), os.getpid()
         return self._connection
+
+
+class Chosen(Sequence[Any]):
+    """Some items of one or several listings, fetched when they are asked for."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[Sequence[Any], int]] = []
+
+    def add(self, items: Sequence[Any], places: Sequence[int]) -> None:
+        """Append the items at these places."""
+        self._places += [(items, place) for place in places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        """Item `number` of the chosen ones."""
+        if isinstance(number, slice):
+            return [items[place] for items, place in self._places[number]]
+        items, place = self._places[number]
+        return items[place]
 
 
 def indexed(
@@ -108,6 +133,8 @@ def indexed(
     build: Callable[[], Listing],
     setting: str,
     root: StrPath,
+    encode: Callable[[Any], Any] | None = None,
+    decode: Callable[[Any], Any] | None = None,
     **settings: Any,
 ) -> Listing:
     """The listing that `build` makes, from its index where a fitting one is there.
@@ -119,6 +146,7 @@ def indexed(
         setting: `auto` (index large splits: in `<root>/.lisat_index`, or in the user's cache folder where
             that cannot be written), `off`, or a folder that takes indexes of any size.
         root: the data folder.
+        encode, decode: turn an item into a JSON value and back; None where it is one.
         settings: what else the listing depends on (JSON values).
     """
     if setting == "off":
@@ -128,20 +156,20 @@ def indexed(
         return build()
     fingerprint = f"{VERSION}:{fingerprint}"
     path = _place(reader, inputs, setting, Path(root), settings)
-    if (stored := _read(path, fingerprint)) is not None:
+    if (stored := _read(path, fingerprint, decode)) is not None:
         return stored
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
-            if (stored := _read(path, fingerprint)) is not None:  # another process made it meanwhile
+            if (stored := _read(path, fingerprint, decode)) is not None:  # another process made it meanwhile
                 return stored
             logger.info("%s: reading %s once; the index %s makes later starts fast", reader, root, path)
             listing = build()
-            _write(path, fingerprint, listing)
+            _write(path, fingerprint, listing, encode)
     except OSError as error:
         logger.warning("no index can be kept at %s (%s); the data are read as they are", path, error)
         return build()
-    return _read(path, fingerprint) or listing
+    return _read(path, fingerprint, decode) or listing
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -170,7 +198,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, check_same_thread=False)
 
 
-def _read(path: Path, fingerprint: str) -> Listing | None:
+def _read(path: Path, fingerprint: str, decode: Callable[[Any], Any] | None) -> Listing | None:
     """The listing in an index file; None if it is not there, damaged, or of other data."""
     if not path.is_file():
         return None
@@ -181,13 +209,14 @@ def _read(path: Path, fingerprint: str) -> Listing | None:
                 logger.info("index %s is of older data and will be made anew", path)
                 return None
             faults = [Fault(*fault) for fault in json.loads(head["faults"])]
-            return Listing(StoredItems(path, int(head["length"])), json.loads(head["facts"]), faults)
+            items = StoredItems(path, int(head["length"]), decode)
+            return Listing(items, json.loads(head["facts"]), faults)
     except (sqlite3.Error, KeyError, ValueError, TypeError) as error:
         logger.warning("index %s is damaged (%s) and will be made anew", path, error)
         return None
 
 
-def _write(path: Path, fingerprint: str, listing: Listing) -> None:
+def _write(path: Path, fingerprint: str, listing: Listing, encode: Callable[[Any], Any] | None) -> None:
     """Write an index beside its place and rename it."""
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
@@ -197,7 +226,8 @@ def _write(path: Path, fingerprint: str, listing: Listing) -> None:
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute("CREATE TABLE items (place INTEGER PRIMARY KEY, body TEXT)")
             connection.execute("CREATE TABLE head (name TEXT PRIMARY KEY, value TEXT)")
-            rows = ((place, _dump(item)) for place, item in enumerate(listing.items))
+            values = listing.items if encode is None else map(encode, listing.items)
+            rows = ((place, _dump(value)) for place, value in enumerate(values))
             connection.executemany("INSERT INTO items VALUES (?, ?)", rows)
             faults = [(fault.file, fault.field, fault.message) for fault in listing.faults]
             head = {"fingerprint": fingerprint, "length": str(len(listing.items))}
