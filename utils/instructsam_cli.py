@@ -48,8 +48,8 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "score counts, proposals or predictions against a COCO file",
-        "utils.instructsam_config:EvaluateConfig",
-        "utils.instructsam_stages:evaluate",
+        "utils.instructsam_eval_config:EvaluateConfig",
+        "utils.instructsam_eval:evaluate",
     ),
 }
 

@@ -174,19 +174,16 @@ class _Job:
 
 def map_labels(config: EvaluateConfig, labels: Sequence[str], classes: Sequence[str]) -> Report:
     """Label -> {"class", "similarity", "accepted"} by the CLIP that the configuration names."""
-    from model.clip_tokenizer import ClipTokenizer
-    from model.instructsam.match import TextEncoder, label_classes
-    from model.open_clip import clip_entry
-    from utils.distributed import choose_device
+    from model.instructsam.match import label_classes
+    from utils.instructsam_config import MatcherConfig
+    from utils.instructsam_stages import load_matcher
 
-    entry = clip_entry(config.map_model, config.checkpoint_config)
+    clip = MatcherConfig(checkpoint_config=config.checkpoint_config, clip_model=config.map_model)
     try:
-        clip = entry.load().to(choose_device(config.device))
+        texts = load_matcher(clip, config).texts
     except ValueError as error:
         raise ValueError(f"{error}; or give --label_map FILE (JSON: label -> class)") from error
-    found = label_classes(
-        TextEncoder(clip, ClipTokenizer(entry.vocabulary)), labels, classes, config.map_threshold
-    )
+    found = label_classes(texts, labels, classes, config.map_threshold)
     return {
         label: {"class": best.name, "similarity": best.similarity, "accepted": best.accepted}
         for label, best in found.items()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils.instructsam_eval_data import Entry, Truth
-from utils.instructsam_eval_scores import MATCH_IOU, f1_scores, greedy, iou_matrix, pairs_above
+from utils.instructsam_eval_scores import MATCH_IOU, f1_scores, greedy, in_order, iou_matrix
 from utils.instructsam_files import Proposals
 from utils.io import StrPath
 
@@ -247,7 +247,9 @@ def proposal_recall(
         entries = [{"bbox": box} for box in mine.boxes.tolist()]
         if masks:
             entries = [{"segmentation": rle} for rle in mine.rles]
-        pairs = pairs_above(iou_matrix(entries, theirs, kind), MATCH_IOU)
+        iou = iou_matrix(entries, theirs, kind)
+        reached = np.argwhere(iou >= MATCH_IOU)
+        pairs = in_order(reached, iou[reached[:, 0], reached[:, 1]])
         covered.update(theirs[g]["category_id"] for _, g in greedy([tuple(pair) for pair in pairs.tolist()]))
     recall = {k: covered[k] / total[k] if total[k] else 0.0 for k in truth.classes}
     present = [recall[k] for k in truth.classes if total[k]]

@@ -112,6 +112,14 @@ def groups(entries: Sequence[Entry]) -> dict[GroupKey, list[int]]:
     return found
 
 
+def by_image(entries: Sequence[Entry]) -> dict[int, list[int]]:
+    """Image id -> numbers of its entries, in their order."""
+    found: dict[int, list[int]] = {}
+    for number, entry in enumerate(entries):
+        found.setdefault(entry["image_id"], []).append(number)
+    return found
+
+
 def place_predictions(
     predictions: Sequence[Entry], truth: Truth, label_map: Mapping[str, str] | None = None
 ) -> list[Entry]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from utils.instructsam_eval_data import Entry, Truth, groups
+from utils.instructsam_eval_data import Entry, Truth, by_image, groups
 
 Kind = Literal["bbox", "segm"]
 MATCH_IOU = 0.5
@@ -30,42 +30,45 @@ SUMMARY = (
 
 @dataclass
 class Overlaps:
-    """Pairs of one picture and class with IoU >= 0.5, ordered by prediction, then falling IoU.
+    """Pairs of a prediction and an object of its picture and class with IoU >= 0.5.
 
-    `scores` (P,); `n_truth` G; `sure` prediction numbers whose only partner has no other partner;
-    `contested` (prediction, object) pairs of all the others.
+    `scores` (P,) of all predictions; `labels` (P,) and `objects` (G,) class ids of predictions and objects;
+    `sure` numbers of predictions whose only partner has no other partner; `contested` (prediction, object)
+    pairs of all the others, by prediction, then falling IoU.
     """
 
-    class_id: int
     scores: np.ndarray
-    n_truth: int
+    labels: np.ndarray
+    objects: np.ndarray
     sure: np.ndarray
     contested: list[tuple[int, int]]
 
 
-def find_overlaps(truth: Truth, predictions: Sequence[Entry], kind: Kind) -> list[Overlaps]:
-    """`Overlaps` of every picture and class that has objects or predictions."""
-    objects, found = groups(truth.annotations), groups(predictions)
-    result = []
-    for key in dict.fromkeys([*objects, *found]):
-        mine = [predictions[k] for k in found.get(key, ())]
-        theirs = [truth.annotations[k] for k in objects.get(key, ())]
-        pairs = pairs_above(iou_matrix(mine, theirs, kind))
-        partners = (
-            np.bincount(pairs[:, 0], minlength=len(mine)),
-            np.bincount(pairs[:, 1], minlength=len(theirs)),
-        )
-        alone = (partners[0][pairs[:, 0]] == 1) & (partners[1][pairs[:, 1]] == 1)
-        result.append(
-            Overlaps(
-                class_id=key[1],
-                scores=np.array([item["score"] for item in mine], np.float64),
-                n_truth=len(theirs),
-                sure=pairs[alone, 0],
-                contested=[(int(p), int(g)) for p, g in pairs[~alone]],
-            )
-        )
-    return result
+def find_overlaps(truth: Truth, predictions: Sequence[Entry], kind: Kind) -> Overlaps:
+    """`Overlaps` of all pictures: one matrix of IoUs for each picture (pairs of boxes that do not touch cost
+    next to nothing in it, so the classes need no matrices of their own)."""
+    labels = np.array([item["category_id"] for item in predictions], np.int64)
+    objects = np.array([entry["category_id"] for entry in truth.annotations], np.int64)
+    theirs, found = by_image(truth.annotations), by_image(predictions)
+    pairs, values = [np.zeros((0, 2), np.int64)], [np.zeros(0)]
+    for image in found.keys() & theirs.keys():
+        mine, others = np.array(found[image]), np.array(theirs[image])
+        iou = iou_matrix([predictions[k] for k in mine], [truth.annotations[k] for k in others], kind)
+        near = np.argwhere(iou >= MATCH_IOU)
+        numbers = np.column_stack([mine[near[:, 0]], others[near[:, 1]]])
+        same = labels[numbers[:, 0]] == objects[numbers[:, 1]]
+        pairs.append(numbers[same])
+        values.append(iou[near[same, 0], near[same, 1]])
+    ordered = in_order(np.concatenate(pairs), np.concatenate(values))
+    uses = [np.bincount(ordered[:, side]) for side in (0, 1)]
+    alone = (uses[0][ordered[:, 0]] == 1) & (uses[1][ordered[:, 1]] == 1)
+    return Overlaps(
+        scores=np.array([item["score"] for item in predictions], np.float64),
+        labels=labels,
+        objects=objects,
+        sure=ordered[alone, 0],
+        contested=[(p, g) for p, g in ordered[~alone].tolist()],
+    )
 
 
 def iou_matrix(predictions: Sequence[Entry], objects: Sequence[Entry], kind: Kind) -> np.ndarray:
@@ -83,18 +86,16 @@ def iou_matrix(predictions: Sequence[Entry], objects: Sequence[Entry], kind: Kin
     return np.asarray(coco.iou(mine, theirs, [0] * len(objects)))
 
 
-def pairs_above(iou: np.ndarray, least: float = MATCH_IOU) -> np.ndarray:
-    """Pairs (row, column) with IoU >= `least`, int64 (K, 2): by row, then falling IoU, then column."""
-    rows, columns = np.nonzero(iou >= least)
-    order = np.lexsort((columns, -iou[rows, columns], rows))
-    return np.stack([rows[order], columns[order]], axis=1)
+def in_order(pairs: np.ndarray, iou: np.ndarray) -> np.ndarray:
+    """Pairs (row, column) int64 (K, 2) with their IoUs (K,), sorted by row, then falling IoU, then column."""
+    return pairs[np.lexsort((pairs[:, 1], -iou, pairs[:, 0]))]
 
 
 def greedy(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The pairs that come about when rows, one after the other, take their first free column.
 
-    With `pairs` as `pairs_above` orders them this is the published matching: every prediction, in file order,
-    takes the free object with the highest IoU, if that reaches 0.5.
+    With pairs of IoU >= 0.5, sorted by `in_order`, this is the published matching: every prediction, in file
+    order, takes the free object with the highest IoU, if that reaches 0.5.
     """
     done: set[int] = set()
     taken: set[int] = set()
@@ -108,24 +109,23 @@ def greedy(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def count_matches(
-    overlaps: Sequence[Overlaps], class_ids: Sequence[int], thresholds: Sequence[float] = (-np.inf,)
+    overlaps: Overlaps, class_ids: Sequence[int], thresholds: Sequence[float] = (-np.inf,)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """True positives (S, C), predictions (S, C) and objects (C,) when scores >= each threshold are kept."""
-    index = {number: k for k, number in enumerate(class_ids)}
-    levels = np.asarray(thresholds, np.float64)
-    hits = np.zeros((len(levels), len(index)), np.int64)
+    order = np.argsort(class_ids)
+    column = order[np.searchsorted(class_ids, overlaps.labels, sorter=order)]
+    objects = order[np.searchsorted(class_ids, overlaps.objects, sorter=order)]
+    hits = np.zeros((len(thresholds), len(class_ids)), np.int64)
     kept = np.zeros_like(hits)
-    objects = np.zeros(len(index), np.int64)
-    for group in overlaps:
-        k = index[group.class_id]
-        keep = group.scores[None] >= levels[:, None]  # S, P
-        objects[k] += group.n_truth
-        kept[:, k] += keep.sum(axis=1)
-        hits[:, k] += keep[:, group.sure].sum(axis=1)
-        if group.contested:
-            for s, row in enumerate(keep):
-                hits[s, k] += len(greedy([pair for pair in group.contested if row[pair[0]]]))
-    return hits, kept, objects
+    for s, threshold in enumerate(thresholds):
+        keep = overlaps.scores >= threshold
+        contested = greedy([pair for pair in overlaps.contested if keep[pair[0]]])
+        matched = np.concatenate(
+            [overlaps.sure[keep[overlaps.sure]], np.array([p for p, _ in contested], np.int64)]
+        )
+        hits[s] = np.bincount(column[matched], minlength=len(class_ids))
+        kept[s] = np.bincount(column[keep], minlength=len(class_ids))
+    return hits, kept, np.bincount(objects, minlength=len(class_ids))
 
 
 def f1_scores(hits: np.ndarray, kept: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -157,7 +157,7 @@ def recognition(
     kind: Kind,
     extra_classes: Sequence[str] = (),
     keep_scores: bool = False,
-    overlaps: Sequence[Overlaps] | None = None,
+    overlaps: Overlaps | None = None,
 ) -> Recognition:
     """Box or mask scores as published.
 
@@ -267,7 +267,7 @@ def sweep_thresholds(step: float, scores: Sequence[float], most: int = 1000) -> 
     return [float(score) for score in distinct] or [0.0]
 
 
-def sweep(truth: Truth, overlaps: Sequence[Overlaps], kind: Kind, thresholds: Sequence[float]) -> Sweep:
+def sweep(truth: Truth, overlaps: Overlaps, kind: Kind, thresholds: Sequence[float]) -> Sweep:
     """Mean F1 over classes with ground truth when scores >= t are kept, for every t."""
     hits, kept, objects = count_matches(overlaps, list(truth.classes), thresholds)
     f1 = f1_scores(hits, kept, objects)[2]
