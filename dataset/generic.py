@@ -123,7 +123,10 @@ def _picture(entry: Any, source: Path, field: str) -> tuple[Picture, list[Fault]
         raise DataError(source, f"{field}.file", f"{name!r} must be a path inside the annotation's folder")
     if not is_there(source.parent / name):
         raise DataError(source, f"{field}.file", f"picture {source.parent / name} is not there")
-    size = picture_size(source.parent / name)
+    try:
+        size = picture_size(source.parent / name)
+    except DataError as error:
+        raise DataError(source, f"{field}.file", f"{source.parent / name}: {error.fault.message}") from error
     stored = entry.get("queries")
     if not isinstance(stored, list) or not stored:
         raise DataError(source, f"{field}.queries", f"expected a non-empty list, found {repr(stored)[:60]}")

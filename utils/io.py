@@ -96,6 +96,29 @@ def atomic_dir(final: StrPath, overwrite: bool = True) -> Iterator[Path]:
         raise
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Value of a JSON text whose objects name every field once.
+
+    Raises:
+        ValueError: not JSON (json.JSONDecodeError with the place), a field that is there twice, a number of
+            thousands of digits, endless nesting.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply ({error})") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice"
+        )
+    return value
+
+
 def read_json(path: StrPath, kind: type | tuple[type, ...] | None = None) -> Any:
     """Value of a JSON file (UTF-8, a byte-order mark is accepted).
 
@@ -104,20 +127,21 @@ def read_json(path: StrPath, kind: type | tuple[type, ...] | None = None) -> Any
         kind: expected type(s) of the top level, for example `dict`.
 
     Raises:
-        ValueError: no such file, not UTF-8, not JSON (with line and column), or another type at the top.
+        ValueError: no such file, not UTF-8, not JSON (with line and column), a field that is there twice, or
+            another type at the top.
     """
     path = Path(path)
     if not path.is_file():
         found = "a folder is there" if path.is_dir() else "nothing is there"
         raise ValueError(f"{path}: a JSON file was expected, {found}")
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = parse_json(path.read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{path}: not valid JSON at {where}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; store it as UTF-8") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+    except ValueError as error:
         raise ValueError(f"{path}: not usable JSON: {error}") from error
     if kind is not None and not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -140,8 +164,8 @@ def read_jsonl(path: StrPath) -> list[Any]:
         if not line.strip():
             continue
         try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            values.append(parse_json(line))
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
     return values
 

@@ -26,46 +26,53 @@ def check_header(file: str, header: dict[str, Any]) -> None:
 def check_images(
     file: str,
     images: Sequence[Any],
-    place: Callable[[int], str] = "images[{}]".format,
+    place: Callable[[int], str] = "images[{}].".format,
     targets: bool = True,
     exact: bool = True,
+    most: int | None = None,
 ) -> None:
     """Check picture records.
 
     Args:
         file: its name, for messages.
-        place: number in `images` -> what to call it.
+        place: number in `images` -> what stands before the names of its fields.
         targets: False for files of other programs, which need not hold targets, counts, presences.
         exact: the stored counts must be those of the stored masks (else only possible ones).
+        most: so many pictures are announced (files with `targets`); there may be fewer, not more.
     """
     numbers: dict[int, int] = {}
+    if most is not None and len(images) > most:
+        _fail(file, "header.n_images", f"{len(images)} pictures are there", most)
     for n, image in enumerate(images):
         at = place(n)
         _check_image(file, at, image, targets, exact)
+        if most is not None and image["index"] >= most:
+            _fail(file, f"{at}index", f"expected a number below header.n_images = {most}", image["index"])
         if "index" in image and numbers.setdefault(image["index"], n) != n:
-            _fail(file, f"{at}.index", f"is that of {place(numbers[image['index']])} too", image["index"])
+            other = place(numbers[image["index"]]).rstrip(".: ")
+            _fail(file, f"{at}index", f"expected another number than that of {other}", image["index"])
 
 
 def _check_image(file: str, at: str, image: Any, targets: bool, exact: bool) -> None:
     if not isinstance(image, dict):
-        _fail(file, at, "expected an object", image)
+        _fail(file, at.rstrip(".: "), "expected an object", image)
     needed = ("image", "queries", *(("index", "size") if targets else ()))
     _need(file, at, image, needed)
     if not is_text(image["image"]) or "\0" in image["image"]:
-        _fail(file, f"{at}.image", "expected the picture's path", image["image"])
+        _fail(file, f"{at}image", "expected the picture's path", image["image"])
     if "index" in image and (type(image["index"]) is not int or image["index"] < 0):
-        _fail(file, f"{at}.index", "expected a number from 0 on", image["index"])
+        _fail(file, f"{at}index", "expected a number from 0 on", image["index"])
     size = image.get("size")
     if size is not None:
         whole = isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)
         if not whole:
-            _fail(file, f"{at}.size", "expected [height, width]", size)
+            _fail(file, f"{at}size", "expected [height, width]", size)
     elif targets:
-        _fail(file, f"{at}.size", "expected [height, width]", size)
+        _fail(file, f"{at}size", "expected [height, width]", size)
     if not isinstance(image["queries"], list):
-        _fail(file, f"{at}.queries", "expected a list", image["queries"])
+        _fail(file, f"{at}queries", "expected a list", image["queries"])
     for k, record in enumerate(image["queries"]):
-        _check_query(file, f"{at}.queries[{k}]", record, tuple(size) if size else None, targets, exact)
+        _check_query(file, f"{at}queries[{k}]", record, tuple(size) if size else None, targets, exact)
 
 
 def _check_query(
@@ -74,7 +81,7 @@ def _check_query(
     if not isinstance(record, dict):
         _fail(file, at, "expected an object", record)
     needed = ("query", "gt_exists", "pred_exists", "prediction", "target", "counts")
-    _need(file, at, record, needed if targets else ("prediction",))
+    _need(file, f"{at}.", record, needed if targets else ("prediction",))
     for name in _TEXTS:
         if record.get(name) is not None and not is_text(record[name], empty=True):
             _fail(file, f"{at}.{name}", "expected a text", record[name])
@@ -116,7 +123,7 @@ def _check_counts(file: str, at: str, record: dict[str, Any], exact: bool) -> No
     counts = record["counts"]
     if not isinstance(counts, dict):
         _fail(file, f"{at}.counts", "expected an object", counts)
-    _need(file, f"{at}.counts", counts, _PAIRS)
+    _need(file, f"{at}.counts.", counts, _PAIRS)
     pixels = math.prod(record["prediction"]["size"])
     for name in _PAIRS:
         pair = counts[name]
@@ -137,7 +144,7 @@ def _check_counts(file: str, at: str, record: dict[str, Any], exact: bool) -> No
 def _need(file: str, at: str, value: dict[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in value]
     if missing:
-        raise ValueError(f"{file}: {at}.{missing[0]}: the field is missing (missing: {', '.join(missing)})")
+        raise ValueError(f"{file}: {at}{missing[0]}: the field is missing (missing: {', '.join(missing)})")
 
 
 def _float(value: float) -> float:

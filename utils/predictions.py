@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.io import StrPath, atomic_write_json, read_json
+from utils.io import StrPath, atomic_write_json, parse_json, read_json
 from utils.metrics import IGNORE_VALUE, Counts, mask_counts
 from utils.prediction_check import check_header, check_images
 from utils.rle import decode_mask, encode_mask, pixel_counts
@@ -351,7 +351,8 @@ def _read_merged(path: Path, targets: bool = True) -> Predictions:
     if not isinstance(body.get("images"), list):
         raise ValueError(f"{path}: field 'images' is not a list")
     exact = body["header"].get("source") != PUBLISHED  # published targets may hold values besides 0, 1, 255
-    check_images(str(path), body["images"], targets=targets, exact=exact)
+    most = body["header"].get("n_images") if targets else None
+    check_images(str(path), body["images"], targets=targets, exact=exact, most=most)
     return Predictions(body["header"], body["images"])
 
 
@@ -365,7 +366,8 @@ def _read_rank_files(files: Sequence[Path], targets: bool = True) -> Predictions
         if header is not None:
             _check_same_header(path, found, header)
         header = found
-        check_images(str(path), images, lambda n: f"line {n + 2}", targets)
+        most = found.get("n_images") if targets else None
+        check_images(str(path), images, lambda n: f"line {n + 2}: ", targets, most=most)
         by_index |= {image["index"]: image for image in images}
     if header is None:
         raise ValueError(
@@ -381,8 +383,8 @@ def _read_lines(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
     values = []
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            values.append(parse_json(line))
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}); remove the file") from error
     if not values:
         return None, [], 0
@@ -391,8 +393,10 @@ def _read_lines(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
 
 
 def _check_format(path: Path, body: Any) -> None:
-    if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("header"), dict):
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ValueError(f"{path}: not a prediction file (field 'format' is not {FORMAT!r})")
+    if not isinstance(body.get("header"), dict):
+        raise ValueError(f"{path}: header: expected an object, found {repr(body.get('header'))[:60]}")
     if type(body.get("version")) is not int or body["version"] != VERSION:
         raise ValueError(
             f"{path}: version {body.get('version')!r} of the format; this program reads {VERSION}"
