@@ -16,6 +16,8 @@ SMALLER = {  # flags that keep a command short; everything else stays as the REA
     "python scripts/draw_scenes.py": "--train 6 --val 2 --test 3",
     "python train_lisat.py": "--epochs 1 --steps_per_epoch 2 --batch_size 2 --global_batch_size 2",
     "python eval_lisat.py --cmd inference": "--max_new_tokens 8 --gallery 2",
+    "python pred_lisat_vqa.py": "--max_new_tokens 8",
+    "bash eval_captioning.sh": "--metrics bleu cider",
     "python demo.py": "--model_max_length 8",
 }
 ELSEWHERE = {  # indented commands: which test covers them
