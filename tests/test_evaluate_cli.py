@@ -13,12 +13,14 @@ import pytest
 from dataset.generic import write_annotations
 from dataset.masks import Shape, rasterise
 from tests.conftest import REPO
+from tests.dataset.miniature import write_all
 from tests.dataset.test_sem_seg import halves
 from tests.dataset.test_sem_seg import write as write_sem_seg
 from utils import metrics
 from utils.config import ConfigError, parse_config
-from utils.evaluate_predictions import ScoreConfig, run
-from utils.rle import encode_mask
+from utils.evaluate_predictions import ScoreConfig, read_pictures, run, scored
+from utils.mask_folder import mask_names
+from utils.rle import decode_mask, encode_mask
 
 H, W = 40, 48
 
@@ -302,3 +304,51 @@ def test_command_line(make, data: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, "--val_dataset", "scenes"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 1 and "evaluate.py: --predictions" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+LAYOUTS = ("GeoReasonSeg|val", "ReasonSeg|train", "EarthReason|test", "RRSIS-D|test", "RIS-LAD|test")
+LAYOUTS += ("RefSegRS|test", "refcoco|val", "R-refcoco|val", "ade20k|train", "paco_lvis|train")
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("spec", LAYOUTS)
+def test_every_layout(families: Path, tmp_path: Path, spec: str) -> None:
+    """The targets themselves score 1, as codes and as PNG masks; empty masks score what is absent."""
+    config = ScoreConfig(dataset_dir=str(families), val_dataset=spec, out=str(tmp_path), html=False)
+    pictures, _ = read_pictures(config)
+    images, there = [], []
+    for picture, names in zip(pictures, mask_names(pictures)):
+        queries = []
+        for wanted, name in zip(picture.queries, names):
+            fields = {"query": wanted.query, "ref_id": wanted.ref_id, "sent_id": wanted.sent_id}
+            queries.append(fields | {"prediction": wanted.target})
+            there.append(wanted.exists)
+            file = tmp_path / "masks" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(file), decode_mask(wanted.target) * np.uint8(255))
+        images.append({"image": picture.path, "queries": queries})
+    assert there
+    body = {"format": "lisat-predictions", "version": 1, "header": {"dataset": "x"}}
+    (tmp_path / "p.json").write_text(json.dumps(body | {"images": images}))
+    for source in ("p.json", "masks"):
+        config.predictions = str(tmp_path / source)
+        counts = scored(config)[0].counts()
+        assert len(counts) == len(there) and counts.iou == pytest.approx(1, abs=1e-4)
+        assert (counts.pred_exists == counts.gt_exists).all()
+    for image in images:
+        for query in image["queries"]:
+            query["prediction"] = encode_mask(np.zeros(query["prediction"]["size"], np.uint8))
+    (tmp_path / "p.json").write_text(json.dumps(body | {"images": images}))
+    config.predictions = str(tmp_path / "p.json")
+    empty = metrics.scores(scored(config)[0].counts())
+    assert empty["giou"] == empty["see_accuracy"] == 1 - np.mean(there)
+
+
+def test_questions_answered_in_words_have_no_scores(families: Path, tmp_path: Path) -> None:
+    config = ScoreConfig(dataset_dir=str(families), val_dataset="vqa:llava_instruct_150k", predictions="x")
+    with pytest.raises(ValueError, match="answered by a mask"):
+        scored(config)

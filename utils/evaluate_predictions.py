@@ -53,7 +53,7 @@ class ScoreConfig:
     out: str = "./inference_dir/scores"
     """Folder of the results."""
     mismatch: Literal["stop", "empty"] = "stop"
-    """What to do where predictions and data set do not fit (missing, extra, duplicate, wrong size,
+    """What to do where predictions and data set do not fit (missing, extra, ambiguous, duplicate, wrong size,
     unreadable). empty: queries without a usable prediction count as empty masks, what is extra is ignored;
     all of it is listed in the report."""
     match: Literal["auto", "order"] = "auto"
@@ -254,7 +254,10 @@ def read_pictures(config: ScoreConfig) -> "tuple[list[Picture], int]":
         official = load_dataset(spec, config.dataset_dir, replace(options, raster="official"))
     targets = ReadTargets(data, official)
     pictures = join_pictures(mapped(targets, _workers(config, len(targets)), "reading"))
-    return [picture for picture in pictures if picture.queries], len(data.faults)
+    pictures = [picture for picture in pictures if picture.queries]
+    if not pictures:
+        raise ValueError(f"{spec}: nothing that this data set asks is answered by a mask")
+    return pictures, len(data.faults)
 
 
 def open_source(config: ScoreConfig) -> tuple[Any, dict[str, Any]]:

@@ -49,8 +49,8 @@ class Picture:
 class Mismatch:
     """One thing that predictions and data set disagree about.
 
-    kind: missing (nothing answers the query), extra (answers nothing), duplicate (a second answer), size
-    (another size than the picture), unreadable.
+    kind: missing (nothing answers the query), extra (answers nothing), ambiguous (may answer several),
+    duplicate (a second answer), size (another size than the picture), unreadable.
     """
 
     kind: str
@@ -101,6 +101,8 @@ class ReadTargets:
         size = tuple(int(n) for n in sample.image.shape[:2])
         picture = Picture(index, sample.image_path, size)
         for conversation, twin in zip(sample.conversations, other.conversations, strict=True):
+            if not len(conversation.masks):
+                continue  # answered in words
             target = target_of(conversation, size)
             official = target if other is sample else target_of(twin, size)
             picture.queries.append(
@@ -246,7 +248,11 @@ def _pair(
         if not choices and not _named(record) and len(wanted) == 1:
             choices = [0]
         free = [k for k in choices if paired[k] is None and k not in doubled]
-        if free:
+        targets = {(wanted[k].target["counts"], str(wanted[k].ignore)) for k in choices}
+        if len(targets) > 1 and not order:
+            report("ambiguous", record, f"{len(choices)} queries have these words; give ref_id and sent_id")
+            doubled |= set(choices)
+        elif free:
             paired[free[0]] = record
         elif choices:
             report("duplicate", record, "a second prediction for the same query; none of them is taken")

@@ -11,8 +11,8 @@ from utils.rle import encode_mask
 CODE = encode_mask(np.zeros((4, 5), np.uint8))
 
 
-def wanted(query: str, ref_id: int = 0, sent_id: int = 0) -> Wanted:
-    return Wanted(query, "", True, ref_id, sent_id, CODE, None, 0)
+def wanted(query: str, ref_id: int = 0, sent_id: int = 0, target: dict = CODE) -> Wanted:
+    return Wanted(query, "", True, ref_id, sent_id, target, None, 0)
 
 
 def picture(path: str, *queries: Wanted) -> Picture:
@@ -55,10 +55,15 @@ def test_prompts_that_hold_the_words() -> None:
 
 
 def test_same_words_twice_are_told_apart_by_numbers_or_order() -> None:
-    pictures = [picture("a.png", wanted("ship", 3, 7), wanted("ship", 4, 8))]
+    other = encode_mask(np.ones((4, 5), np.uint8))
+    pictures = [picture("a.png", wanted("ship", 3, 7), wanted("ship", 4, 8, other))]
     late, early = answer(query="ship", ref_id=4, sent_id=8), answer(query="ship", ref_id=3, sent_id=7)
     assert matched(pictures, [("a.png", [late, early])])[0] == [[early, late]]
     plain = [answer(query="ship", score=0.1), answer(query="ship", score=0.2)]
+    assert matched(pictures, [("a.png", plain)], order=True)[0] == [plain]
+    answers, kinds, _ = matched(pictures, [("a.png", plain)])
+    assert answers == [[None, None]] and kinds == {"ambiguous": 2}
+    pictures[0].queries[1] = wanted("ship", 4, 8)  # where the targets are the same it does not matter
     assert matched(pictures, [("a.png", plain)])[0] == [plain]
 
 
