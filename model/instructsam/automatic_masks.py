@@ -67,7 +67,7 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class Runs:
-    """A mask as run ends: `edges` int64 (2 R,) start and end (exclusive) of each run of foreground, row by
+    """A mask as run ends: `edges` int32 (2 R,) start and end (exclusive) of each run of foreground, row by
     row in the window (x0, y0, x1, y1) of a picture of `size` (H, W)."""
 
     edges: np.ndarray
@@ -78,7 +78,7 @@ class Runs:
     def of(cls, mask: np.ndarray) -> "Runs":
         """Runs of a mask (H, W)."""
         height, width = mask.shape
-        return cls(_edges_of_rows((mask != 0).reshape(1, -1))[0], (0, 0, width, height), (height, width))
+        return cls(edges_of_rows((mask != 0).reshape(1, -1))[0], (0, 0, width, height), (height, width))
 
     @property
     def area(self) -> int:
@@ -234,6 +234,8 @@ def _search(
         good = iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else torch.ones_like(iou) > 0
         origins = (batch + torch.tensor([x0, y0])).repeat_interleave(candidates.iou.shape[1], dim=0)
         for index in good.nonzero()[:, 0].split(config.masks_per_chunk):
+            if not len(index):
+                continue
             edges, stable, stability = _draw(candidates, index, config)
             boxes = run_boxes(edges, x1 - x0) + np.array([x0, y0, x0, y0])
             inner = np.flatnonzero(~_cut(boxes, crop, size))
@@ -272,20 +274,26 @@ def _pixels(masks: Tensor) -> Tensor:
 
 def _edges(masks: Tensor) -> list[np.ndarray]:
     """Edges of bool masks (m, h w); see `Runs`."""
-    if masks.device.type == "cpu":
-        return _edges_of_rows(masks.numpy())
+    return edges_of_rows(masks.numpy()) if masks.device.type == "cpu" else edges_on_device(masks)
+
+
+def edges_on_device(masks: Tensor) -> list[np.ndarray]:
+    """Edges of bool masks (m, h w) on any device, found there and fetched in one transfer."""
+    if not len(masks):
+        return []
     padded = torch.nn.functional.pad(masks.to(torch.uint8), (1, 1))
-    row, at = (padded[:, 1:] != padded[:, :-1]).nonzero(as_tuple=True)  # one transfer for all masks
+    row, at = (padded[:, 1:] != padded[:, :-1]).nonzero(as_tuple=True)
     ends = torch.bincount(row, minlength=len(masks)).cumsum(0).tolist()
-    return np.split(at.cpu().numpy(), ends[:-1])
+    return np.split(at.int().cpu().numpy(), ends[:-1])
 
 
-def _edges_of_rows(masks: np.ndarray) -> list[np.ndarray]:
+def edges_of_rows(masks: np.ndarray) -> list[np.ndarray]:
+    """Edges of bool masks (m, h w) in memory; many times faster there than torch's way."""
     padded = np.zeros(masks.shape[1] + 2, bool)
     edges = []
     for mask in masks:
         padded[1:-1] = mask
-        edges.append(np.flatnonzero(padded[1:] != padded[:-1]))
+        edges.append(np.flatnonzero(padded[1:] != padded[:-1]).astype(np.int32))
     return edges
 
 

@@ -14,6 +14,8 @@ from model.instructsam.automatic_masks import (
     MaskRecord,
     Runs,
     crop_boxes,
+    edges_of_rows,
+    edges_on_device,
     generate_masks,
     point_grid,
     run_boxes,
@@ -291,6 +293,9 @@ def test_runs_hold_masks() -> None:
     masks = rng.random((40, 11, 7)) < rng.random((40, 1, 1))
     masks[0], masks[1], masks[2, :, 3] = False, True, True
     edges = [Runs.of(mask).edges for mask in masks]
+    for way in (edges_of_rows(masks.reshape(40, -1)), edges_on_device(torch.from_numpy(masks).flatten(1))):
+        assert all(np.array_equal(a, b) for a, b in zip(way, edges, strict=True))
+    assert edges_on_device(torch.zeros(0, 9, dtype=torch.bool)) == edges_of_rows(np.zeros((0, 9), bool)) == []
     for mask, box, edge in zip(masks, run_boxes(edges, 7), edges):
         assert np.array_equal(Runs.of(mask).mask(), mask) and Runs.of(mask).area == mask.sum()
         rows, columns = np.nonzero(mask)
