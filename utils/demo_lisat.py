@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dataset.image import ImageProcessor
     from dataset.text import Tokenizer
     from model.lisat import Lisat
+    from utils.geo import Georeference
     from utils.predict_lisat import Protocol
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ class DemoConfig:
     """Prompt template; empty: the checkpoint's own (vicuna_v1 for one that does not say, as published)."""
     image_size: int = 0
     """Side of the SAM input; 0: what the checkpoint says."""
+    bands: tuple[int, ...] = ()
+    """GeoTIFF: red, green and blue as band numbers from 1; empty: as tagged, else the first three."""
+    scaling: str = "auto"
+    """GeoTIFF: numbers to 0..255 by auto, none, dtype, range:LO,HI or percentile:P,Q (utils/geo.py)."""
     model_max_length: int = 512
     """Longest answer in tokens."""
     score: Literal["foreground", "iou"] = "foreground"
@@ -76,8 +81,10 @@ def run(config: DemoConfig, ask: Callable[[str], str] = input) -> Iterator[str]:
     folder = model_folder(config.pretrained_model_path)  # before the slow imports
     from dataset.text import CONV
     from utils.distributed import choose_device
+    from utils.geo import parse_scaling
     from utils.predict_lisat import Protocol, llm_weights, load_for_inference
 
+    parse_scaling(config.scaling)
     if config.conv_type and config.conv_type not in CONV:
         raise ValueError(f"--conv_type {config.conv_type} is unknown; choose one of {', '.join(CONV)}")
     device = config.device if ":" in config.device else choose_device(config.device)
@@ -96,7 +103,7 @@ def run(config: DemoConfig, ask: Callable[[str], str] = input) -> Iterator[str]:
         max_new_tokens=config.model_max_length,
         score=config.score,
     )
-    demo = Demo(model, tokenizer, processor, protocol, config.vis_save_dir)
+    demo = Demo(model, tokenizer, processor, protocol, config.vis_save_dir, config.bands, config.scaling)
     if config.question and config.image:
         yield from (answer.text for answer in demo.answer(config.image, config.question))
         return
@@ -147,13 +154,18 @@ class Answer:
 
 @dataclass
 class Demo:
-    """A loaded model that answers questions and writes pictures into `folder`/<picture's stem>/."""
+    """A loaded model that answers questions and writes pictures into `folder`/<picture's stem>/.
+
+    `bands` and `scaling` say how GeoTIFFs are read (`utils.geo.read_geotiff`).
+    """
 
     model: "Lisat"
     tokenizer: "Tokenizer"
     processor: "ImageProcessor"
     protocol: "Protocol"
     folder: StrPath
+    bands: tuple[int, ...] = ()
+    scaling: str = "auto"
     _written: Counter = field(default_factory=Counter)
     _prepare: Callable | None = None
 
@@ -168,6 +180,8 @@ class Demo:
 
         Writes per question seg_mask.jpg (mask x 100) and seg_rgb.jpg as published, seg_mask.png (0 / 255) and
         seg_overlay.png; from the second question on a picture the names carry a number (seg_mask_2.png).
+        For a georeferenced picture also seg_mask.tif (0 / 1, in its system) and seg_mask.geojson (polygons in
+        longitude and latitude, with question, answer and score).
         """
         import numpy as np
 
@@ -175,7 +189,7 @@ class Demo:
         from utils.predict_lisat import predict
         from utils.predictions import decode_mask
 
-        rgb = read_picture(image)
+        rgb, place = read_picture(image, self.bands, self.scaling)
         none = np.zeros((0, *rgb.shape[:2]), dtype=np.uint8)
         asked = [Conversation([(question, None)], none, query=question) for question in questions]
         dataset = [Sample(image, rgb, asked)]
@@ -186,10 +200,11 @@ class Demo:
             masks = [record["prediction"], *record.get("more_masks", ())]
             mask = np.logical_or.reduce([decode_mask(rle) for rle in masks])
             present = bool(record["pred_exists"] or mask.any())
-            files = self._write(_stem(image), rgb, mask)
-            answers.append(
-                Answer(record["query"], record["generated"], present, record["score"], mask.mean(), files)
-            )
+            answer = Answer(record["query"], record["generated"], present, record["score"], mask.mean(), {})
+            answer.files |= self._write(_stem(image), rgb, mask)
+            if place is not None:
+                answer.files |= _write_geo(answer, mask, place)
+            answers.append(answer)
         return answers
 
     def _write(self, stem: str, rgb: "np.ndarray", mask: "np.ndarray") -> dict[str, Path]:
@@ -208,16 +223,30 @@ class Demo:
         return {name: write_image(folder / name, picture) for name, picture in pictures.items()}
 
 
-def read_picture(image: str) -> "np.ndarray":
-    """uint8 (H, W, 3) RGB of a file or an http(s) address.
+def _write_geo(answer: Answer, mask: "np.ndarray", place: "Georeference") -> dict[str, Path]:
+    """The mask as GeoTIFF and GeoJSON beside its picture."""
+    from utils.geo import mask_polygons, to_geometry, write_geojson, write_raster
+
+    path = answer.files[next(iter(answer.files))]
+    raster, vector = path.with_suffix(".tif"), path.with_suffix(".geojson")
+    properties = {"question": answer.question, "answer": answer.words, "present": answer.present}
+    properties |= {"score": answer.score, "pixels": int(mask.sum())}
+    geometry = to_geometry(mask_polygons(mask), place)
+    write_raster(raster, mask.astype("uint8"), place)
+    write_geojson(vector, [{"type": "Feature", "properties": properties, "geometry": geometry}])
+    return {file.name: file for file in (raster, vector)}
+
+
+def read_picture(
+    image: str, bands: tuple[int, ...] = (), scaling: str = "auto"
+) -> tuple["np.ndarray", "Georeference | None"]:
+    """uint8 (H, W, 3) RGB of a file or an http(s) address, and where it lies if it is a GeoTIFF that says so.
 
     Raises:
         ValueError: no such file or address, or what is there is no picture.
     """
-    from dataset.image import load_rgb
-
     if not _is_address(image):
-        return load_rgb(image)
+        return _load(image, bands, scaling)
     import tempfile
 
     try:
@@ -231,9 +260,20 @@ def read_picture(image: str) -> "np.ndarray":
         file.write(data)
         file.flush()
         try:
-            return load_rgb(file.name)
+            return _load(file.name, bands, scaling)
         except ValueError as error:
             raise ValueError(f"{image}: what is there is no picture ({error})") from error
+
+
+def _load(path: str, bands: tuple[int, ...], scaling: str) -> tuple["np.ndarray", "Georeference | None"]:
+    from dataset.image import load_rgb
+    from utils.geo import is_geotiff, read_geotiff
+
+    if not is_geotiff(path):
+        return load_rgb(path), None
+    picture = read_geotiff(path, bands, scaling)
+    logger.info("%s: %s", path, picture.rules)
+    return picture.rgb, picture.place
 
 
 def _is_address(image: str) -> bool:

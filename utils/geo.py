@@ -40,11 +40,15 @@ Polygon = list[Ring]
 @dataclass(frozen=True)
 class Scaling:
     """How numbers become 0..255: `kind` is auto, none, dtype, range or percentile; the latter two have
-    bounds."""
+    bounds.
+
+    With `of_bands` percentiles are settled: (low, high) per band.
+    """
 
     kind: str = "auto"
     low: float = 2.0
     high: float = 98.0
+    of_bands: tuple[tuple[float, float], ...] = ()
 
 
 def parse_scaling(text: str) -> Scaling:
@@ -126,7 +130,7 @@ def read_geotiff(
             green, blue, else the first three, else the first one as grey.
         scaling: see the module text.
         window: (x0, y0, x1, y1) in pixels, inside the picture; None: all. Percentiles are then the window's
-            own: to cut tiles that look alike take bounds from `scaling_bounds` first.
+            own: to cut tiles that look alike take `fixed_scaling` first.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged or unknown file, bands or scaling that it has
@@ -145,10 +149,27 @@ def read_geotiff(
         table = np.array([colours.get(index, (0, 0, 0, 255))[:3] for index in range(256)], np.uint8)
         return GeoImage(table[values[0]] * valid[..., None], valid, place, "colour table")
     used = _settle(scaling, kind, path)
-    pixels = [scale_band(band, valid, used, kind) for band in values]
+    pixels = [scale_band(band, valid, used, kind, number) for number, band in enumerate(values)]
     rgb = np.stack(pixels if len(pixels) == 3 else pixels * 3, axis=-1)
     rules = f"bands {', '.join(map(str, chosen))} of {source.count}, {kind}, {describe(used)}"
     return GeoImage(rgb, valid, place, rules)
+
+
+def fixed_scaling(path: StrPath, bands: Sequence[int] = (), scaling: str | Scaling = "auto") -> Scaling:
+    """`scaling` with percentiles settled on the whole picture (or a thinned copy of at most 2048 pixels a
+    side), so that all its parts are scaled alike."""
+    scaling = parse_scaling(scaling) if isinstance(scaling, str) else scaling
+    with _open(path) as source:
+        chosen = choose_bands(source, bands, path)
+        kind = np.dtype(source.dtypes[chosen[0] - 1])
+        used = _settle(scaling, kind, path)
+        if used.kind != "percentile" or used.of_bands:
+            return used
+        shrink = max(1.0, max(source.height, source.width) / 2048)
+        shape = max(1, int(source.height / shrink)), max(1, int(source.width / shrink))
+        values, valid = _read(source, chosen, path, None, shape)
+    found = tuple(_percentiles(band[valid], used) for band in values)
+    return Scaling(used.kind, used.low, used.high, found)
 
 
 def choose_bands(source: Any, bands: Sequence[int], path: StrPath) -> tuple[int, ...]:
@@ -165,18 +186,25 @@ def choose_bands(source: Any, bands: Sequence[int], path: StrPath) -> tuple[int,
     return (1, 2, 3) if source.count >= 3 else (1,)
 
 
-def scale_band(band: np.ndarray, valid: np.ndarray, scaling: Scaling, kind: np.dtype) -> np.ndarray:
-    """uint8 (H, W) of one band's numbers; 0 where `valid` is false. `auto` must have been decided."""
+def scale_band(
+    band: np.ndarray, valid: np.ndarray, scaling: Scaling, kind: np.dtype, number: int = 0
+) -> np.ndarray:
+    """uint8 (H, W) of one band's numbers; 0 where `valid` is false. `auto` must have been decided; `number`
+    is the band's place among `of_bands`."""
     if scaling.kind == "none":
         return np.where(valid, band, 0).astype(np.uint8)
     low, high = scaling.low, scaling.high
     if scaling.kind == "dtype":
         low, high = (float(v) for v in (np.iinfo(kind).min, np.iinfo(kind).max))
     elif scaling.kind == "percentile":
-        inside = band[valid]
-        low, high = np.percentile(inside, (low, high)) if inside.size else (0.0, 1.0)
+        low, high = scaling.of_bands[number] if scaling.of_bands else _percentiles(band[valid], scaling)
     share = (np.where(valid, band, low).astype(np.float64) - low) / max(high - low, 1e-12)
-    return (np.clip(share, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return ((np.clip(share, 0, 1) * 255 + 0.5) * valid).astype(np.uint8)
+
+
+def _percentiles(values: np.ndarray, scaling: Scaling) -> tuple[float, float]:
+    found = np.percentile(values, (scaling.low, scaling.high)) if values.size else (0.0, 1.0)
+    return float(found[0]), float(found[1])
 
 
 def describe(scaling: Scaling) -> str:
@@ -223,7 +251,11 @@ def _open(path: StrPath) -> Any:
 
 
 def _read(
-    source: Any, bands: tuple[int, ...], path: StrPath, window: tuple[int, int, int, int] | None
+    source: Any,
+    bands: tuple[int, ...],
+    path: StrPath,
+    window: tuple[int, int, int, int] | None,
+    shape: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values (n, H, W) and where all of the bands have data (H, W)."""
     from rasterio.errors import RasterioError
@@ -238,8 +270,9 @@ def _read(
     if any(np.issubdtype(np.dtype(source.dtypes[band - 1]), np.complexfloating) for band in bands):
         raise ValueError(f"{path} holds complex numbers; compute their magnitude first")
     try:
-        values = source.read(list(bands), window=part)
-        masks = source.read_masks(list(bands), window=part) > 0
+        size = None if shape is None else (len(bands), *shape)
+        values = source.read(list(bands), window=part, out_shape=size)
+        masks = source.read_masks(list(bands), window=part, out_shape=size) > 0
     except RasterioError as error:
         raise ValueError(f"picture {path} is damaged: {error}; fetch it again") from error
     # zero as "no data" is the edge of the scene only where all bands are zero
