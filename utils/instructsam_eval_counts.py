@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.instructsam_eval_data import Entry, Truth
+from utils.instructsam_eval_data import Entry, Truth, mask_fault
 from utils.instructsam_eval_scores import MATCH_IOU, f1_scores, greedy, in_order, iou_matrix
 from utils.instructsam_files import Proposals
 from utils.io import StrPath
@@ -247,6 +247,9 @@ def proposal_recall(
         entries = [{"bbox": box} for box in mine.boxes.tolist()]
         if masks:
             entries = [{"segmentation": rle} for rle in mine.rles]
+            for number_in_file, rle in enumerate(mine.rles):
+                if fault := mask_fault(rle, truth.sizes[number]):
+                    raise ValueError(f"{name}: proposal {number_in_file}: {fault}")
         iou = iou_matrix(entries, theirs, kind)
         reached = np.argwhere(iou >= MATCH_IOU)
         pairs = in_order(reached, iou[reached[:, 0], reached[:, 1]])

@@ -10,6 +10,7 @@ from typing import Any
 from utils.instructsam_data import read_coco_images
 from utils.instructsam_files import check_box
 from utils.io import StrPath, read_json
+from utils.rle import run_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,13 @@ def _one_rle(segmentation: Any, size: tuple[int, int], first_only: bool, where: 
 
     height, width = size
     if isinstance(segmentation, dict):
-        if isinstance(segmentation.get("counts"), list):
-            return coco.frPyObjects(segmentation, *segmentation["size"])
-        return segmentation
+        try:
+            run_lengths(segmentation, size if height else None)
+        except ValueError as error:
+            raise ValueError(f"{where}: segmentation: {error}") from error
+        if isinstance(segmentation["counts"], str):
+            return segmentation
+        return _as_text(coco.frPyObjects(segmentation, *segmentation["size"]))
     polygons = segmentation
     if isinstance(polygons, list) and polygons and isinstance(polygons[0], int | float):
         polygons = [polygons]  # one polygon written flat
@@ -101,7 +106,11 @@ def _one_rle(segmentation: Any, size: tuple[int, int], first_only: bool, where: 
     if not good or not height:
         raise ValueError(f"{where}: segmentation is neither RLE nor polygons in a picture of known size")
     codes = coco.frPyObjects(polygons[:1] if first_only else polygons, height, width)
-    return coco.merge(codes)
+    return _as_text(coco.merge(codes))
+
+
+def _as_text(rle: Entry) -> Entry:
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def groups(entries: Sequence[Entry]) -> dict[GroupKey, list[int]]:
@@ -144,12 +153,27 @@ def place_predictions(
         if number not in truth.classes:
             lost[f"class {item.get('label', item.get('category_id'))!r}"] += 1
             continue
+        fault = mask_fault(item.get("segmentation"), truth.sizes[item["image_id"]])
+        if fault:
+            lost[f"mask: {fault}"] += 1
+            continue
         kept = {key: item[key] for key in ("image_id", "bbox", "segmentation") if item.get(key) is not None}
         placed.append(kept | {"category_id": number, "score": float(item.get("score", 1.0))})
     if lost:
         told = ", ".join(f"{what} ({number})" for what, number in lost.most_common(20))
-        logger.warning("predictions left out, of images or classes not in %s: %s", truth.path, told)
+        logger.warning("predictions left out that do not belong to %s: %s", truth.path, told)
     return placed
+
+
+def mask_fault(rle: Any, size: tuple[int, int]) -> str:
+    """Why a mask cannot be one of a picture of this size ((0, 0): unknown); "" if it can, or is absent."""
+    if rle is None:
+        return ""
+    try:
+        run_lengths(rle, size if size[0] else None)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def labels_of(predictions: Sequence[Entry]) -> list[str]:

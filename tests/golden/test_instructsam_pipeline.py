@@ -1,79 +1,103 @@
-"""The matching command on the two real pictures with stored counts and proposals: the recorded labels."""
+"""From stored counts and proposals of the real pictures to labels and scores, through the program's commands.
+
+The CLIP weights of the stored predictions are not here; with the recorded tiny CLIP the labels must be the
+recorded ones.
+"""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+import yaml
 
 from tests.conftest import require_golden
 from utils.instructsam_cli import main
 from utils.instructsam_files import read_predictions
 
 FOLDER = require_golden("instructsam")
-CLIP = FOLDER / "clip"
-CASES = json.loads((CLIP / "matching.json").read_text(encoding="utf-8"))
-COUNTS = sorted(path for path in (FOLDER / "dior_mini" / "object_counts").iterdir() if path.is_dir())
+DIOR = FOLDER / "dior_mini"
+MATCHES = json.loads((FOLDER / "clip" / "matching.json").read_text())
+COMMON = ["--dataset_name", "dior_mini2", "--dataset_config", str(FOLDER / "datasets_config.json")]
 
 
-@pytest.mark.parametrize("counts", COUNTS, ids=lambda path: path.name)
+def recorded(activation: str, setting: str) -> dict[str, dict]:
+    """Picture stem -> recorded match at the default crop scale."""
+    keys = {match["key"]: match for match in MATCHES}
+    stems = [key.split("/")[1] for key in keys]
+    return {stem: keys[f"{activation}/{stem}/{setting}/default"] for stem in stems}
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quickgelu"])
-def test_match_command(activation: str, counts: Path, tmp_path: Path) -> None:
-    setting = next(name for name in ("open_vocabulary", "open_ended") if counts.name.endswith(name))
-    expected = {}
-    for case in CASES:
-        mode, stem, named, variant = case["key"].split("/")
-        if (mode, named, variant) == (activation, setting, "default"):
-            expected[int(stem)] = case
-    assert expected
-    entry = {
-        "file": str(CLIP / "tiny_clip.safetensors"),
-        "config": str(CLIP / "tiny_clip_config.json"),
-        "quick_gelu": activation == "quickgelu",
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps({"golden": entry}))
-    args = ["match", "--dataset_name", "dior_mini2", "--dataset_config", str(FOLDER / "datasets_config.json")]
-    args += ["--checkpoint_config", str(tmp_path / "config.yaml"), "--clip_model", "golden"]
-    args += ["--rp_path", str(next((FOLDER / "dior_mini" / "region_proposals").glob("*.json")))]
-    args += ["--setting", setting, "--device", "cpu", "--save_path", str(tmp_path / "predictions.json")]
-    assert main([*args, "--count_dir", str(counts)]) == 0
-    predictions = read_predictions(tmp_path / "predictions.json")
-    assert {item["image_id"] for item in predictions} == set(expected)
-    for image_id, case in expected.items():
-        mine = [item for item in predictions if item["image_id"] == image_id]
-        assert [item["label"] for item in mine] == case["labels"]
-        assert np.allclose([item["bbox"] for item in mine], case["boxes"], atol=1e-4)
-        assert np.allclose([item["score"] for item in mine], case["scores"], atol=1e-4)
-        own = case["assigned_label_similarity"]
-        assert np.allclose([item["assigned_score"] for item in mine], own, atol=1e-4)
+@pytest.mark.parametrize("setting", ["open_vocabulary", "open_ended"])
+def test_match(activation: str, setting: str, tmp_path: Path) -> None:
+    clip = {"file": str(FOLDER / "clip" / "tiny_clip.safetensors"), "quick_gelu": activation == "quickgelu"}
+    clip["config"] = str(FOLDER / "clip" / "tiny_clip_config.json")
+    (tmp_path / "clips.yaml").write_text(yaml.safe_dump({"recorded": clip}))
+    args = ["match", *COMMON, "--setting", setting, "--device", "cpu"]
+    args += ["--clip_model", "recorded", "--checkpoint_config", str(tmp_path / "clips.yaml")]
+    args += ["--count_dir", str(next((DIOR / "object_counts").glob(f"*_{setting}")))]
+    args += ["--rp_path", str(DIOR / "region_proposals" / "sam2_hiera_l.json")]
+    assert main([*args, "--save_path", str(tmp_path / "preds.json")]) == 0
+    found = read_predictions(tmp_path / "preds.json")
+    expected = recorded(activation, setting)
+    truth = json.loads((DIOR / "dior_mini2_ann.json").read_text())
+    stems = {image["id"]: Path(image["file_name"]).stem for image in truth["images"]}
+    classes = {c["name"]: c["id"] for c in truth["categories"]}
+    order = [stems[item["image_id"]] for item in found]
+    assert list(dict.fromkeys(order)) == list(stems.values())  # pictures in annotation order
+    for stem, match in expected.items():
+        mine = [item for item, of in zip(found, order) if of == stem]
+        assert [item["label"] for item in mine] == match["labels"]
+        assert [item["bbox"] for item in mine] == match["boxes"]
+        assert [item["score"] for item in mine] == pytest.approx(match["scores"], abs=1e-4)
+        own = [item["assigned_score"] for item in mine]
+        assert own == pytest.approx(match["assigned_label_similarity"], abs=1e-4)
         for item in mine:
-            assert ("category_id" in item) == (setting == "open_vocabulary")
+            wanted = classes[item["label"]] if setting == "open_vocabulary" else None
+            assert item.get("category_id") == wanted
 
 
-def test_stored_predictions_have_the_fields_that_are_written(tmp_path: Path) -> None:
-    """Field names and their order are the published ones (`assigned_score` comes last)."""
-    from model.instructsam.match import LabelledRegions
-    from utils.instructsam_files import read_proposals
-    from utils.instructsam_stages import label_image
-
-    stored = {p.parent.name: read_predictions(p) for p in FOLDER.glob("dior_mini/results/*/*.json")}
-    assert stored
-    proposals = read_proposals(next((FOLDER / "dior_mini" / "region_proposals").glob("*.json")))
-    for setting, items in stored.items():
-        classes = {item["label"]: item["category_id"] for item in items if "category_id" in item} or None
-        for name, mine in proposals.items():
-            wanted = [item for item in items if item["image_id"] == int(Path(name).stem)]
-            rows = [mine.boxes.tolist().index(item["bbox"]) for item in wanted]
-            labels, scores = [i["label"] for i in wanted], np.array([i["score"] for i in wanted])
-            found = LabelledRegions(np.array(rows), labels, scores, scores / 2)
-            written = label_image(
-                wanted[0]["image_id"],
-                np.zeros((2, 2, 3), np.uint8),
-                mine,
-                {},
-                lambda *_, found=found: found,  # type: ignore[arg-type]
-                classes=classes,
-            )
-            for one, item in zip(written, wanted, strict=True):
-                assert one.pop("assigned_score") == pytest.approx(item["score"] / 2)
-                assert list(one) == list(item) and one == item, setting
+@pytest.mark.parametrize("setting", ["open_vocabulary", "open_ended"])
+def test_evaluate_stored_results(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = next((DIOR / "results" / setting).glob("*_preds_coco.json"))
+    counts = next((DIOR / "object_counts").glob(f"*_{setting}"))
+    args = [
+        "evaluate",
+        *COMMON,
+        "--setting",
+        setting,
+        "--extra_class",
+        "unseen_classes",
+        "--eval_mIoU",
+        "True",
+    ]
+    args += ["--predictions", str(predictions), "--count_dir", str(counts), "--out", str(tmp_path)]
+    args += ["--mask_proposal", str(DIOR / "region_proposals" / "sam2_hiera_l.json")]
+    prefix = ""
+    if setting == "open_ended":
+        args += ["--label_map", str(DIOR / "pred2cat_open_ended_map_a.json")]
+        prefix = "map_a/"
+    assert main(args) == 0
+    expected = json.loads((FOLDER / "expected" / f"dior_mini2_{setting}.json").read_text())
+    block = expected[f"{prefix}unseen_classes"]
+    report = json.loads((tmp_path / f"{predictions.stem}_recognition.json").read_text())
+    for kind, scores in block["recognition_score_flattened"].items():
+        assert report[kind]["mF1"] == pytest.approx(scores["mF1"], abs=1e-9)
+        assert report[kind]["mAP50"] == pytest.approx(scores["mAP50"], abs=1e-9)
+    assert report["mIoU"]["mean"] == pytest.approx(expected[f"{prefix}mIoU"]["mIoU"], abs=1e-9)
+    counted = json.loads((tmp_path / f"{counts.name}_counting.json").read_text())
+    assert counted["counting"]["macro"]["f1"] == pytest.approx(
+        block["counting_from_count_dir"]["macro_avg"]["F1"], abs=1e-9
+    )
+    # with every picture counted and only classes that are there, folder and predictions agree
+    by_prediction = block["counting_from_predictions"]["macro_avg"]["F1"]
+    assert round(100 * counted["corrected"]["macro"]["f1"], 1) == by_prediction
+    recall = json.loads((tmp_path / "sam2_hiera_l_recall.json").read_text())["recall"]
+    published = json.loads((FOLDER / "expected" / "dior_mini2_proposal_recall.json").read_text())["0.0"]
+    assert recall["mean"] == pytest.approx(published["recall1"], abs=1e-9)
+    assert recall["n_proposals"] == published["n_region_proposals"]
+    printed = capsys.readouterr().out
+    for number in (f"{report['bbox']['mF1']:.2f}", f"{100 * recall['mean']:.1f}"):
+        assert number in printed
+    for path in tmp_path.glob("*.json"):
+        assert path.with_suffix(".md").read_text().startswith("# dior_mini2")
