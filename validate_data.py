@@ -1,4 +1,4 @@
-"""Check a data folder: `python validate_data.py --path DATA`. Exit code 1 where something is wrong."""
+"""Check data: `python validate_data.py --path DATA` or `--dataset NAME`. Exit code 1: something is wrong."""
 
 import json
 import sys
@@ -10,8 +10,12 @@ from typing import Literal
 class ValidateConfig:
     """What to check."""
 
-    path: str
+    path: str = ""
     """A folder of one split or of several, or an annotations.json."""
+    dataset: str = ""
+    """Instead of a path: a data set by its name (refcoco|train, ade20k|train, RRSIS-D|test, vqa:NAME)."""
+    dataset_dir: str = "./dataset"
+    """Root of the named data sets."""
     format: Literal["auto", "gres", "generic", "sem_seg"] = "auto"
     """Format of the data; auto looks at what is there."""
     fast: bool = False
@@ -33,11 +37,18 @@ def main(argv: list[str] | None = None) -> int:
         from dataset.validate import validate
         from utils.io import atomic_write_json, atomic_write_text
 
+        if bool(config.path) == bool(config.dataset):
+            raise ValueError("give either --path (a folder) or --dataset (a name)")
         if config.gres_stats:
             from dataset.gres_stats import gres_statistics
 
             atomic_write_json(config.gres_stats, gres_statistics(config.path).to_dict())
-        report = validate(config.path, config.format, config.fast, config.mask_raster)
+        if config.dataset:
+            from dataset.validate_sets import validate_dataset
+
+            report = validate_dataset(config.dataset, config.dataset_dir, config.fast, config.mask_raster)
+        else:
+            report = validate(config.path, config.format, config.fast, config.mask_raster)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -190,13 +190,13 @@ def _gres_statistics(
     return {
         "usable files": len(entries),
         "unusable": len(faults),
-        **_text_statistics(texts),
+        **text_statistics(texts),
         "false premises": sum(len(entry.annotation.false_premises) for entry in entries),
-        "picture sizes (height, width)": _common(entry.size for entry in entries),
-        "points per polygon (min, median, max)": _spread(points),
+        "picture sizes (height, width)": common(entry.size for entry in entries),
+        "points per polygon (min, median, max)": spread(points),
         "files with several rings in one polygon": rings,
         "files with bare boxes only": boxes,
-        f"mask area in pixels, {raster} (min, median, max)": _spread(areas),
+        f"mask area in pixels, {raster} (min, median, max)": spread(areas),
     }
 
 
@@ -232,11 +232,11 @@ def _check_generic(path: Path, report: Report, fast: bool, raster: Raster) -> No
         report.statistics[file.parent.name] = {
             "pictures": len(pictures),
             "unusable": len(faults),
-            **_text_statistics([query.text for query in queries]),
+            **text_statistics([query.text for query in queries]),
             "per kind": dict(sorted(kinds.items())),
             "about absent things": sum(not query.exists for query in queries),
-            "picture sizes (height, width)": _common(picture.size for picture in pictures),
-            "mask area in pixels (min, median, max)": _spread(areas),
+            "picture sizes (height, width)": common(picture.size for picture in pictures),
+            "mask area in pixels (min, median, max)": spread(areas),
         }
 
 
@@ -317,7 +317,7 @@ def _check_sem_seg(path: Path, report: Report, fast: bool, raster: Raster) -> No
     report.statistics[path.name] = {
         "pictures": len(pairs),
         "unusable": len(faults),
-        "picture sizes (height, width)": _common(picture_size(picture) for picture, _ in pairs),
+        "picture sizes (height, width)": common(picture_size(picture) for picture, _ in pairs),
         **{
             f"class {index} {name}": f"{pixels[index] / total:.1%} of pixels, in {pictures[index]} pictures"
             for index, name in classes.items()
@@ -349,18 +349,20 @@ def _check_doubles(paths: Iterable[Path], report: Report, owners: dict[str, str]
             report.notes.append(Fault(str(path), "", f"the same picture as {first}"))
 
 
-def _text_statistics(texts: list[str]) -> dict[str, Any]:
+def text_statistics(texts: list[str]) -> dict[str, Any]:
+    """Table of the numbers of queries and of their words."""
     return {
         "queries": len(texts),
         "distinct queries": len(set(texts)),
-        "words per query (min, median, max)": _spread([len(text.split()) for text in texts]),
+        "words per query (min, median, max)": spread([len(text.split()) for text in texts]),
     }
 
 
-def _spread(values: list[int]) -> list[float]:
+def spread(values: list[int]) -> list[float]:
+    """[smallest, median, largest]; empty for no values."""
     return [float(min(values)), float(np.median(values)), float(max(values))] if values else []
 
 
-def _common(sizes: Iterable[tuple[int, int]]) -> list[list[Any]]:
+def common(sizes: Iterable[tuple[int, int]]) -> list[list[Any]]:
     """The five most frequent sizes with their counts."""
     return [[list(size), count] for size, count in Counter(sizes).most_common(5)]
