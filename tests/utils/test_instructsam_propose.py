@@ -172,6 +172,7 @@ def test_networks_are_loaded_by_their_flags(network: str, tmp_path: Path) -> Non
     config = settings(tmp_path / "pictures", tmp_path / "p.json", sam2_cfg="")
     setattr(config, network, value)
     config.points_per_side, config.pred_iou_thresh, config.multimask_output = 4, 0.2, network == "sam2_cfg"
+    config.precision = "bf16"
     assert not config.validate()
     predictor = load_predictor(config)
     assert str(predictor.device) == "cpu"
