@@ -109,6 +109,12 @@ class EvalConfig:
     """Language model weights in 8 bits (bitsandbytes); whatever draws masks stays in --precision."""
     load_in_4bit: bool = False
     """Language model weights in 4 bits (NF4)."""
+    cache_image_embeddings: str = ""
+    """Keep SAM's image embeddings for later runs: a folder (or 'memory'); empty: compute them."""
+    cache_precision: Literal["same", "bf16"] = "same"
+    """Cached embeddings: as computed, or rounded to bf16 (half the space of fp32)."""
+    cache_limit_gib: float = 0.0
+    """Space for cached embeddings in GiB; the rest is computed. 0: 16 of memory, a folder without limit."""
     device: str = "auto"
     """auto: this process's accelerator where there is one, else cpu."""
     local_rank: int = 0
@@ -163,6 +169,8 @@ class EvalConfig:
             faults.append(f"--bootstrap_fraction {self.bootstrap_fraction} is not in (0, 1]")
         if self.load_in_8bit and self.load_in_4bit:
             faults.append("--load_in_8bit and --load_in_4bit exclude each other")
+        if self.cache_limit_gib < 0:
+            faults.append(f"--cache_limit_gib is {self.cache_limit_gib}; it must be 0 or more")
         return faults
 
 
@@ -184,6 +192,7 @@ def inference(config: EvalConfig) -> str:
     """Predict this process's share of the pictures, merge when all are there, and score."""
     folder = model_folder(config.pretrained_model_path, prefer_merged=True)  # before the slow imports
     from utils.distributed import place_process
+    from utils.embedding_cache import open_cache
     from utils.predict_lisat import llm_weights, load_for_inference, predict
     from utils.predictions import PredictionWriter, merge_ranks, read_predictions
 
@@ -226,11 +235,17 @@ def inference(config: EvalConfig) -> str:
         "respect_ignore": config.respect_ignore,
         "precision": str(model.dtype).removeprefix("torch."),
         "llm_weights": llm_weights(config) or None,
+        "rounded_embeddings": (config.cache_image_embeddings and config.cache_precision == "bf16") or None,
         "all_texts": config.all_texts,
         "list_file": config.list_file or None,
         "image_size": processor.sam_size,
         "seed": config.seed,
     }
+    cache = None
+    if config.cache_image_embeddings:
+        cache = open_cache(
+            model, config.cache_image_embeddings, config.cache_limit_gib, config.cache_precision
+        )
     start, queries = time.perf_counter(), 0
     with PredictionWriter(config.vis_save_path, header, rank, world_size, config.restart) as writer:
         wanted = [index for index in range(rank, number, world_size) if index not in writer.done]
@@ -253,6 +268,7 @@ def inference(config: EvalConfig) -> str:
             config.max_rows,
             workers,
             config.windows,
+            prepare=cache.replace if cache is not None else None,
         )
         for done, (index, sample, records) in enumerate(found, start=1):
             writer.write(index, sample.image_path, sample.image.shape[:2], records)
@@ -260,6 +276,8 @@ def inference(config: EvalConfig) -> str:
             if done % max(1, len(wanted) // 10) == 0:
                 seconds = time.perf_counter() - start
                 logger.info("%d / %d pictures, %.1f queries/s", done, len(wanted), queries / seconds)
+    if cache is not None:
+        logger.info("%s", cache.describe())
     merged = merge_ranks(config.vis_save_path, header["dataset"])
     if merged is None:
         found = read_predictions(config.vis_save_path, header["dataset"])

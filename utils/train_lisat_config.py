@@ -122,6 +122,10 @@ class TrainLisatConfig(EngineConfig):
     """Stop at the first unusable data file instead of leaving it out."""
     cache_image_embeddings: str = ""
     """Keep SAM's image embeddings: 'memory', or a folder; empty = compute them in every step."""
+    cache_precision: Literal["same", "bf16"] = "same"
+    """Cached embeddings: as computed, or rounded to bf16 (half the space of fp32)."""
+    cache_limit_gib: float = 0.0
+    """Space for cached embeddings in GiB; the rest is computed. 0: 16 of memory, a folder without limit."""
 
     ce_loss_weight: float = 1.0
     """Weight of the language loss."""
@@ -224,6 +228,8 @@ class TrainLisatConfig(EngineConfig):
             faults.append("--augment changes the pictures, so --cache_image_embeddings must be empty")
         if not 0 <= self.lora_dropout < 1:
             faults.append(f"--lora_dropout must be at least 0 and less than 1, found {self.lora_dropout}")
+        if self.cache_limit_gib < 0:
+            faults.append(f"--cache_limit_gib is {self.cache_limit_gib}; it must be 0 or more")
         if self.cache_image_embeddings and self.zero_stage == 3:
             faults.append("--cache_image_embeddings needs --zero_stage 0, 1 or 2 (3 splits SAM's weights)")
         if self.val_caption and self.zero_stage == 3:

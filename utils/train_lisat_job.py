@@ -22,7 +22,7 @@ from model.lora import add_lora, mark_trainable
 from model.losses import LossWeights
 from utils.config import ConfigError
 from utils.distributed import World, init_distributed, read_environment, shutdown
-from utils.embedding_cache import EmbeddingCache, encoder_key
+from utils.embedding_cache import EmbeddingCache, open_cache
 from utils.engine import DTYPES, Engine, TrainResult
 from utils.hub import resolve
 from utils.merge_lisat import find_processor
@@ -96,7 +96,7 @@ def train(config: TrainLisatConfig) -> TrainResult:
             setup.train_data,
             setup.collate,
             validate=validation(setup),
-            prepare=CachedEmbeddings(config.cache_image_embeddings)
+            prepare=CachedEmbeddings(config)
             if config.cache_image_embeddings
             else None,
         )
@@ -305,20 +305,15 @@ class Validation:
 class CachedEmbeddings:
     """Replaces a batch's images by their SAM embeddings, each computed once."""
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, config: TrainLisatConfig) -> None:
+        self.place, self.limit = config.cache_image_embeddings, config.cache_limit_gib
+        self.precision = config.cache_precision
         self.cache: EmbeddingCache | None = None
 
     def __call__(self, engine: Engine, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with `image_embeddings`."""
         if self.cache is None:
-            model = engine.ds.module
-            encoder = model.sam.image_encoder
-            if any(parameter.requires_grad for parameter in encoder.parameters()):
-                raise ValueError(
-                    "--cache_image_embeddings: SAM's encoder is trained here; switch the cache off"
-                )
-            self.cache = EmbeddingCache(model.encode_images, self.place, encoder_key(encoder))
+            self.cache = open_cache(engine.ds.module, self.place, self.limit, self.precision)
         return self.cache.replace(batch)
 
 
