@@ -12,11 +12,14 @@ def main() -> int:
     """Parse, build, run; 2 for a user's fault, 1 for a run that had to stop."""
     try:
         config = parse_config(TrainLisatConfig, prog="train_lisat.py")
-        from utils.engine import NonFiniteLoss
-        from utils.train_lisat_job import dry_run, train
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        from utils.train_lisat_job import all_faults
+
+        print(all_faults(error), file=sys.stderr)
         return 2
+    from utils.engine import NonFiniteLoss
+    from utils.train_lisat_job import dry_run, train
+
     try:
         if config.dry_run:
             print(json.dumps(dry_run(config), indent=2, ensure_ascii=False))

@@ -180,8 +180,8 @@ def test_merged_base_starts_the_segmentation(tuned: TrainLisatConfig, tmp_path: 
 def test_killed_and_resumed_is_the_same_run(tuned: TrainLisatConfig) -> None:
     operations = int((Path(tuned.run_dir) / "operations.txt").read_text())
     config = replace(tuned, exp_name="killed", workers=1)
-    for limit in (operations, operations // 2):
-        assert run(config, kill_at=random.Random(time.time_ns()).randint(1, limit))[0] in (-signal.SIGKILL, 0)
+    deadly = random.Random(time.time_ns()).randint(1, operations)
+    assert run(config, kill_at=deadly) == [-signal.SIGKILL], deadly
     assert run(config) == [0]
     for name, value in trained(tuned).items():
         assert torch.equal(trained(config)[name], value), name
@@ -267,5 +267,3 @@ def test_faults_of_the_stages(align: TrainLisatConfig) -> None:
     setup = open_setup(masks.settled())
     with pytest.raises(ValueError, match="do not suit this --stage"):
         setup.train_data.draw(0)
-    with pytest.raises(ValueError, match="can be scored"):
-        setup.val_data[0]

@@ -22,10 +22,10 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 class ConfigError(ValueError):
-    """All faults of a configuration at once; `faults` holds one sentence each."""
+    """All faults of a configuration: one sentence each in `faults`; `config` holds what could be read."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = list(faults)
+    def __init__(self, faults: Sequence[str], config: Any = None) -> None:
+        self.faults, self.config = list(faults), config
         lines = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(self.faults, start=1))
         super().__init__(f"{len(self.faults)} fault(s) in the configuration:\n{lines}")
 
@@ -58,7 +58,7 @@ def checked(config: T, faults: Sequence[str] = ()) -> T:
     validate = getattr(config, "validate", None)
     found = [*faults, *(validate() if validate is not None else [])]
     if found:
-        raise ConfigError(found)
+        raise ConfigError(found, config)
     return config
 
 
@@ -219,7 +219,7 @@ def _with_defaults(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def _parse_flags(cls: type[T], args: list[str], default: T, prog: str | None) -> tuple[T | None, list[str]]:
-    """The parsed config, or None and every fault of the flags."""
+    """The config and every fault of the flags; with faults it holds the flags without any, or is None."""
     if "-h" in args or "--help" in args:
         _tyro(cls, ["--help"], default, prog)
     with contextlib.suppress(_FlagFault):
@@ -234,10 +234,10 @@ def _parse_flags(cls: type[T], args: list[str], default: T, prog: str | None) ->
             faults.append(str(fault))
     missing = [name for name in sorted(_required(cls)) if not _is_set(default, name, args)]
     faults += [f"--{name} is required" for name in missing]
-    validate = getattr(optional, "validate", None)
-    if validate is not None and not missing:  # what can be said about the rest
-        faults += _captured(cls, good, optional, prog).validate()
-    return None, faults or ["the flags cannot be read; see --help"]
+    rest = None
+    with contextlib.suppress(_FlagFault):
+        rest = None if missing else _captured(cls, good, optional, prog)
+    return rest, faults or ["the flags cannot be read; see --help"]
 
 
 class _FlagFault(Exception):

@@ -274,15 +274,17 @@ class TrainLisatConfig(EngineConfig):
             name = getattr(self, field)
             if name and name != SAM_PLACEHOLDER:
                 try:
-                    resolve(name, near=[self.version], what=what)
+                    resolve(name, near=[] if field == "version" else [self.version], what=what)
                 except ValueError as error:
                     faults.append(f"--{field}: {error}")
+        if self.templates not in ("default", "tiny") and not Path(self.templates).is_file():
+            faults.append(f"--templates {self.templates}: no such file, and neither default nor tiny")
         if not Path(self.dataset_dir).is_dir() and any(spec.find(":") < 0 for _, spec, _ in self._specs()):
             faults.append(f"--dataset_dir {self.dataset_dir}: no such folder")
         return faults
 
     def _specs(self) -> list[tuple[str, str, float]]:
         try:
-            return self.sources()
+            return replace(self, sample_rates="").sources()  # faults of the rates are told elsewhere
         except ValueError:
             return []
