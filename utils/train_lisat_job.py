@@ -71,7 +71,7 @@ def dry_run(config: TrainLisatConfig) -> dict[str, Any]:
     config = config.settled()
     setup = open_setup(config)
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
-    return preflight(setup, world) | model_facts(setup) | environment()
+    return preflight(setup, world) | model_facts(config, setup.lisat, setup.tokenizer) | environment()
 
 
 def train(config: TrainLisatConfig) -> TrainResult:
@@ -96,9 +96,7 @@ def train(config: TrainLisatConfig) -> TrainResult:
             setup.train_data,
             setup.collate,
             validate=validation(setup),
-            prepare=CachedEmbeddings(config)
-            if config.cache_image_embeddings
-            else None,
+            prepare=CachedEmbeddings(config) if config.cache_image_embeddings else None,
         )
         return engine.run()
     finally:
@@ -106,8 +104,13 @@ def train(config: TrainLisatConfig) -> TrainResult:
 
 
 def open_setup(config: TrainLisatConfig) -> Setup:
-    """Tokenizer, image and text pipelines and data sets; ConfigError lists every fault of all of them."""
+    """Tokenizer, image and text pipelines and data sets; ConfigError lists every fault of all of them, and of
+    what would be trained."""
     faults: list[str] = []
+    try:
+        config.accumulation(int(read_environment()["WORLD_SIZE"]))
+    except ValueError as error:
+        faults.append(str(error))
     if config.conv_type not in CONV:
         faults.append(f"--conv_type {config.conv_type}: unknown; choose one of {', '.join(CONV)}")
     lisat = tokenizer = processor = None
@@ -120,6 +123,7 @@ def open_setup(config: TrainLisatConfig) -> Setup:
             lisat = describe_language(config, tokenizer)
         side = None if lisat.sam is None else lisat.sam.image_size
         processor = find_processor(config.version, side, config.vision_tower or None)
+        model_facts(config, lisat, tokenizer)
     except (ValueError, OSError) as error:
         faults.append(str(error))
     parts, rates = _open_parts(config, faults)
@@ -153,6 +157,36 @@ def open_setup(config: TrainLisatConfig) -> Setup:
         data = Joined(parts)
     data = Prepared(data, collate.fits, *_choice(config))
     return Setup(config, lisat, tokenizer, collate, data, val_data, captions)
+
+
+def all_faults(error: ConfigError) -> ConfigError:
+    """A fault of the command line together with those of data, base and model, as far as they can be told.
+
+    So that everything is mended at once; what repeats a known fault is left out.
+    """
+    config = error.config
+    if config is None:
+        return error
+    try:
+        config.sources()
+    except ValueError:  # known; the data sets can be looked at all the same
+        config = replace(config, sample_rates="")
+    try:
+        open_setup(config.settled())
+    except ConfigError as further:
+        found = further.faults
+    except (ValueError, OSError) as further:
+        found = [str(further)]
+    else:
+        return error
+    known = list(error.faults)
+    nowhere = any(fault.startswith("--dataset_dir") for fault in known)
+    for fault in found:
+        about_data = fault.startswith(("--dataset ", "--val_dataset")) and "unknown" not in fault
+        said = any(fault in other or other in fault for other in known)
+        if not said and not (nowhere and about_data):
+            known.append(fault)
+    return ConfigError(known, config)
 
 
 def _describe_lisat(config: TrainLisatConfig, tokenizer: Tokenizer) -> LisatConfig:
@@ -223,18 +257,21 @@ def preflight(setup: Setup, world: World) -> dict[str, Any]:
     }
 
 
-def model_facts(setup: Setup) -> dict[str, Any]:
-    """Sizes of the model, counted on one without memory: parameters, and those that train by lr group."""
+def model_facts(config: TrainLisatConfig, lisat: LisatConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Sizes of the model, counted on one without memory: parameters, and those that train by lr group.
+
+    Raises:
+        ValueError: LoRA targets or learning rate multipliers that name nothing, or nothing to train.
+    """
     from model.assembly import build_on_meta
 
-    lisat = setup.lisat
     if lisat.sam is not None:
-        rows = max(lisat.llm["vocab_size"], len(setup.tokenizer))
-        lisat.llm = {**lisat.llm, "vocab_size": rows}
-        lisat.seg_token_id = setup.tokenizer.seg_token_id
+        rows = max(lisat.llm["vocab_size"], len(tokenizer))
+        llm = {**lisat.llm, "vocab_size": rows}
+        lisat = replace(lisat, llm=llm, seg_token_id=tokenizer.seg_token_id)
     with torch.device("meta"):
-        model = _mark(build_on_meta(lisat), setup.config)
-    groups = parameter_groups(model, setup.config.multipliers(), setup.config.weight_decay)
+        model = _mark(build_on_meta(lisat), config)
+    groups = parameter_groups(model, config.multipliers(), config.weight_decay)
     counts = {group.name: sum(p.numel() for p in group.params) for group in groups}
     total = sum(p.numel() for p in model.parameters())
     return {"parameters": total, "trainable_parameters": sum(counts.values()), "groups": counts}
