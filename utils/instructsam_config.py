@@ -204,6 +204,9 @@ class MatcherConfig:
     """Crops at once."""
     rp_thr: float = 0.0
     """Least score of a proposal."""
+    most_overlap: float = 1.0
+    """Largest share of a chosen mask that may lie inside another one: below 1, parts and wholes of an object
+    are not both used. 1: no limit, as published."""
     assigned_score: bool = False
     """Write the similarity of the given label as the score, not the largest over all labels (published)."""
 
@@ -215,6 +218,8 @@ class MatcherConfig:
         for name in ("crop_scale", "clip_batch"):
             if getattr(self, name) <= 0:
                 faults.append(f"--{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.most_overlap <= 1:
+            faults.append(f"--most_overlap is {self.most_overlap}; it lies between 0 and 1")
         return faults
 
 

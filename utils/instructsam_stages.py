@@ -158,7 +158,7 @@ class _Matching:
             if self._matcher is None:
                 self._matcher = load_matcher(self.config, self.device)
             found = label_image(
-                image.image_id, pixels, mine, labels, self._matcher, self.config.assigned_score, self.classes
+                image.image_id, pixels, mine, labels, self._matcher, self.config, self.classes
             )
             store.put(key, found)
         self.predictions += found
@@ -170,11 +170,18 @@ def label_image(
     proposals: Proposals,
     counts: Mapping[str, int],
     matcher: "Matcher",
-    assigned_score: bool = False,
+    config: MatcherConfig,
     classes: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Predictions of one picture, by proposal index: the published fields and `assigned_score`."""
-    found = matcher(pixels, proposals.boxes, counts)
+    if config.most_overlap < 1 and proposals.rles:
+        from model.instructsam.overlap import match_apart
+
+        regions = matcher.regions(pixels, proposals.boxes)
+        texts = matcher.texts.labels(list(counts), matcher.template)
+        found = match_apart(regions, texts, counts, proposals.rles, config.most_overlap)
+    else:
+        found = matcher(pixels, proposals.boxes, counts)
     result = []
     for region, label, highest, own in zip(
         found.regions.tolist(), found.labels, found.row_max.tolist(), found.similarity.tolist(), strict=True
@@ -182,7 +189,7 @@ def label_image(
         item: dict[str, Any] = {
             "image_id": image_id,
             "bbox": proposals.boxes[region].tolist(),
-            "score": own if assigned_score else highest,
+            "score": own if config.assigned_score else highest,
         }
         if proposals.rles:
             item["segmentation"] = proposals.rles[region]
