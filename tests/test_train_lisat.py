@@ -86,9 +86,10 @@ def straight(config: TrainLisatConfig) -> TrainLisatConfig:
 
 
 def test_killed_while_saving_and_resumed(straight: TrainLisatConfig) -> None:
-    """With a worker and cached embeddings, which must not change anything either."""
+    """With a worker and embeddings cached on disk, which must not change anything either."""
     operations = int((Path(straight.run_dir) / "operations.txt").read_text())
-    config = replace(straight, exp_name="killed", workers=1, cache_image_embeddings="memory")
+    cache = str(Path(straight.run_dir) / "embeddings")
+    config = replace(straight, exp_name="killed", workers=1, cache_image_embeddings=cache)
     for limit in (operations, operations // 2):
         assert run(config, kill_at=random.Random(time.time_ns()).randint(1, limit))[0] in (-signal.SIGKILL, 0)
     assert run(config) == [0]

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import baseline, lisat_eval, lisat_train, workload
+from benchmarks import baseline, lisat_cache, lisat_eval, lisat_train, workload
 from benchmarks.measure import BenchmarkConfig, Report, Timing, interleaved, peak_memory, ratios
 from tests.conftest import REPO
+from utils import embedding_cache
 
 TINY = BenchmarkConfig(tiny=True, images=2, repeats=1)
 RUNS = pytest.mark.parametrize("run", [lisat_eval.run, lisat_train.run], ids=["eval", "train"])
@@ -80,3 +81,13 @@ def test_help_names_the_flags(script: str) -> None:
     command = [sys.executable, REPO / "benchmarks" / script, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--tiny" in done.stdout and "--repeats" in done.stdout
+
+
+def test_cached_embeddings_are_those_of_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = lisat_cache.run(TINY)
+    assert report.equal and "ms of CPU" in report.lines[0]
+    replace = embedding_cache.EmbeddingCache._one
+    monkeypatch.setattr(
+        embedding_cache.EmbeddingCache, "_one", lambda self, image: replace(self, image) + 1e-3
+    )
+    assert not lisat_cache.run(TINY).equal
