@@ -17,6 +17,7 @@ from utils.config import ConfigError
 from utils.geo import Georeference, write_raster
 from utils.instructsam_cli import COMMANDS, main, usual_flags
 from utils.instructsam_config import AskConfig, CountConfig
+from utils.instructsam_eval_config import EvaluateConfig
 from utils.instructsam_files import read_predictions, read_proposals
 from utils.visualize import write_image
 
@@ -67,7 +68,11 @@ def test_run_from_pictures_and_words(folder: Path, capsys: pytest.CaptureFixture
         assert sum(entry["labelled"].values()) == few
         if len(proposals[name]) >= 3:
             assert entry["labelled"] == {"ship": 2, "plane": 1}
-        assert load(out / "counts" / Path(name).with_suffix(".json")) == {"ship": 2, "plane": 1, "dog": 5}
+        assert load(out / "counts" / "by_hand" / Path(name).with_suffix(".json")) == {
+            "ship": 2,
+            "plane": 1,
+            "dog": 5,
+        }
         overlay = out / "overlays" / Path(name).with_suffix(".png")
         assert overlay.stat().st_size > 1000
     coco = load(out / "coco.json")
@@ -99,8 +104,8 @@ def test_stages_alone_give_what_run_gives(folder: Path) -> None:
     assert load(proposals) == load("out/region_proposals.json")
     matching = ["match", "--images", "images", "--clip_model", "tiny", "--device", "cpu"]
     matching += ["--rp_path", str(proposals)]
-    assert main([*matching, "--count_dir", "out/counts"]) == 0
-    name = "counts_sam2_toy_tiny_preds_coco.json"
+    assert main([*matching, "--count_dir", "out/counts/by_hand"]) == 0
+    name = "by_hand_sam2_toy_tiny_preds_coco.json"
     written = folder / "results" / "images" / "open_ended" / "coco_preds" / name
     assert load(written) == load("out/predictions.json")
     assert main([*matching, "--counts", "counts.json", "--save_path", "mine.json"]) == 0
@@ -121,18 +126,35 @@ def test_run_with_a_server_goes_on_where_it_stopped(
     with ChatServer(names, {"one.png": ["500", "ok"]}) as server:
         args += ["--base_url", server.url]
         assert main(args) == 3
-        assert "one.png: no counts (missing)" in capsys.readouterr().out
+        assert "one.png: no counts: HTTP 500" in capsys.readouterr().out
         first = load("out/predictions.json")
         assert main(args) == 0
         assert server.asked == {"one.png": 2, "deep/two.jpg": 1}
         assert "Authorization" not in server.requests[0]["headers"]
         assert [p for p in load("out/predictions.json") if p["image_id"] == 1] == first
         assert main([*args, "--words", "ship"]) == 0  # another prompt: everything is asked again
-        assert server.asked == {"one.png": 3, "deep/two.jpg": 2}
         assert {p["label"] for p in load("out/predictions.json")} == {"ship"}
+        assert server.asked == {"one.png": 3, "deep/two.jpg": 2}
+        assert main(args) == 0  # and the first one's counts are still there
+        assert server.asked.total() == 5
+
+
+def test_without_any_counts_no_mask_is_proposed(folder: Path) -> None:
+    with ChatServer({}, {"?": ["401"]}) as server:
+        with pytest.raises(ValueError, match="no picture has counts.*401"):
+            main(["run", *TINY, "--images", "images", "--base_url", server.url, "--out", "out"])
+    assert not (folder / "out" / "region_proposals.json").exists()
 
 
 def test_published_ways_of_writing_flags() -> None:
+    args = ["--mask_proposal", "p.json", "--extra_class", "unseen_classes", "--eval_mIoU", "True"]
+    assert usual_flags(EvaluateConfig, args) == [
+        "--mask_proposals",
+        "p.json",
+        "--extra_classes",
+        "unseen_classes",
+        "--eval_mIoU",
+    ]
     args = ["--json_output", "False", "--skip_exist", "--dataset_conf=a.json", "--words", "true", "x"]
     assert usual_flags(CountConfig, args) == [
         "--no-json_output",

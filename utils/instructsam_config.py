@@ -257,7 +257,7 @@ class RunConfig(MatcherConfig, ProposerConfig, DeviceConfig, AskConfig, InputCon
     A run that was broken off goes on where it stopped.
     """
 
-    out: str = "./instructsam_output"
+    out: str = "./outputs/instructsam"
     """Output folder."""
     counts: str = ""
     """Counts by hand instead of a language model: "ship=3,plane=2" for every picture, or a JSON file:

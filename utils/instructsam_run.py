@@ -2,14 +2,13 @@
 
 Below the output folder:
 
-    counts/<picture>.json      what was counted            region_proposals.json   all masks
-    predictions.json           chosen masks with labels    coco.json               the same as a COCO data set
+    counts/<source>/<picture>.json   what was counted      region_proposals.json   all masks
+    predictions.json           chosen masks with labels    coco.json   the same as a COCO data set
     overlays/<picture>.png     to look at                  geojson/<picture>.geojson   of GeoTIFFs
     summary.json               numbers per picture and label, and the pictures that failed
 """
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,9 +26,7 @@ from utils.instructsam_files import (
     write_counts,
 )
 from utils.instructsam_stages import FAILED, Failures, match_images, with_failures
-from utils.io import atomic_write_json, read_json
-
-logger = logging.getLogger(__name__)
+from utils.io import atomic_write_json
 
 
 def run(config: RunConfig) -> tuple[str, int]:
@@ -49,12 +46,15 @@ def run(config: RunConfig) -> tuple[str, int]:
             )
     else:
         categories = {}
-    counts = _counts(config, images, out)
-    failures: Failures = {}
-    proposed = run_propose(config, images, out / "region_proposals.json")
+    counts, failures = _counts(config, images, out)
+    counted = replace(images, images=tuple(i for i in images.images if i.file_name not in failures))
+    if not counted.images:
+        first = next(iter(failures.items()))
+        raise ValueError(f"no picture has counts; {first[0]}: {first[1]}")
+    proposed = run_propose(config, counted, out / "region_proposals.json")
     failures |= {item["image"]: item["fault"] for item in proposed.failures}
     proposals = read_proposals(out / "region_proposals.json")
-    left = replace(images, images=tuple(i for i in images.images if i.file_name in proposals))
+    left = replace(images, images=tuple(i for i in counted.images if i.file_name in proposals))
     classes = {name: number for number, name in categories.items()} or None
     predictions, unmatched = match_images(
         left, counts, proposals, config, config, out / "predictions.json", classes
@@ -65,32 +65,34 @@ def run(config: RunConfig) -> tuple[str, int]:
     return _text(out, images, counts, predictions, failures), FAILED if failures else 0
 
 
-def _counts(config: RunConfig, images: ImageSet, out: Path) -> dict[str, Counts]:
-    """Counts of every picture, by hand or by a language model; in both cases as files below `out`."""
+def _counts(config: RunConfig, images: ImageSet, out: Path) -> tuple[dict[str, Counts], Failures]:
+    """Counts of the pictures, by hand or by a language model, and why others have none.
+
+    Each source (by hand, or a model with a prompt) has its own folder below `out/counts`.
+    """
     names = [image.file_name for image in images.images]
     if config.counts:
-        given = hand_counts(config.counts, names)
-        for name, one in given.items():
+        counts = hand_counts(config.counts, names)
+        for name, one in counts.items():
             if one.state != "missing":
-                write_counts(counts_path(out / "counts", name), one.values)
-        return given
-    from utils.instructsam_count import load_prompt, run_count
+                write_counts(counts_path(out / "counts" / "by_hand", name), one.values)
+        why: Failures = {}
+    else:
+        from utils.instructsam_count import load_prompt, run_count
 
-    prompt, _ = load_prompt(config, images)
-    basis = {
-        "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16],
-        "model": config.pretrained_model_name_or_path or config.model,
+        prompt, prompt_name = load_prompt(config, images)
+        model = config.pretrained_model_name_or_path or config.model
+        digest = hashlib.sha256(f"{model} {prompt}".encode()).hexdigest()[:8]
+        folder = out / "counts" / f"{Path(model).name}_{prompt_name}_{digest}"
+        outcome = run_count(replace(config, skip_existing=True), images, folder)
+        counts = {name: read_counts(folder, name) for name in names}
+        why = {item["image"]: item["fault"] for item in outcome.failures}
+    failures = {
+        name: f"no counts: {why.get(name) or '; '.join(one.notes)}"
+        for name, one in counts.items()
+        if one.state in ("missing", "broken")
     }
-    mark = out / "counts_settings.json"
-    same = mark.is_file() and read_json(mark, dict) == basis
-    if not same and any((out / "counts").rglob("[!.]*.json")):
-        logger.warning("%s holds counts of another prompt or model: all pictures are asked again", out)
-    if not same:
-        for path in (out / "counts").rglob("[!.]*.json"):
-            path.unlink()
-        atomic_write_json(mark, basis)
-    run_count(replace(config, skip_existing=True), images, out / "counts")
-    return {name: read_counts(out / "counts", name) for name in names}
+    return counts, failures
 
 
 def _write_outputs(
