@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset.image import ImageProcessor
-from dataset.synthetic import COLOURS, EXTREMES, KINDS, RELATIONS, Scene, Terms, ask
+from dataset.synthetic import COLOURS, EXTREMES, KINDS, QUERY_KINDS, RELATIONS, Scene, Terms, ask
 from dataset.synthetic_qa import GRID, ScenePool, grid_position, patch_targets
 from model.sam import Sam
 from utils.muon import muon_and_adamw, update
@@ -34,6 +34,7 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
     "anchor_kind": KINDS,
     "anchor_colour": tuple(COLOURS),
 }
+ASKED = (*QUERY_KINDS, "position", "size", "size", "relation", "relation")  # the slow ones more often
 
 
 class Words(nn.Module):
@@ -42,7 +43,7 @@ class Words(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         sizes = (*(len(names) for names in VOCABULARY.values()), GRID, GRID)
-        self.tables = nn.ModuleList(nn.Embedding(size + 1, width) for size in sizes)
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, width, padding_idx=0) for size in sizes)
 
     def forward(self, words: Tensor) -> Tensor:
         """words (M, 8) long, 0 where a word is missing -> one sparse prompt each, (M, 1, C)."""
@@ -114,7 +115,7 @@ def _describe(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[
 
     Two thirds are what a question names; the rest are places, with or without what is there.
     """
-    queries = ask(scene, rng, count)
+    queries = ask(scene, rng, count, ASKED)
     described = []
     for number in range(count):
         if number < len(queries) and rng.random() < 0.67:
