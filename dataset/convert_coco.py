@@ -15,6 +15,7 @@ import numpy as np
 
 from dataset.base import DataError, Fault, picture_size
 from dataset.converters import (
+    MALFORMED,
     Converted,
     Per,
     Thing,
@@ -26,6 +27,7 @@ from dataset.converters import (
     query_fields,
     questions,
     read_own,
+    told,
 )
 from dataset.generic import Picture
 from utils.io import StrPath, atomic_write_json, read_json
@@ -58,11 +60,8 @@ def import_coco(
             raise ValueError(f"{file}: {name}: expected a list, found {repr(body.get(name))[:60]}")
     faults: list[Fault] = []
     labels = dict(collect(body["categories"], _category, faults, f"{file}: categories"))
-    annotations, stored = defaultdict(list), defaultdict(list)
-    for number, entry in enumerate(body["annotations"]):
-        annotations[entry.get("image_id") if isinstance(entry, dict) else None].append((number, entry))
-    for entry in body["queries"] if isinstance(body.get("queries"), list) else ():
-        stored[entry.get("image_id") if isinstance(entry, dict) else None].append(entry)
+    annotations = _by_image(body["annotations"])
+    stored = _by_image(body["queries"] if isinstance(body.get("queries"), list) else [])
 
     def convert(image: Any) -> dict[str, Any]:
         name, key = image["file_name"], image["id"]
@@ -76,7 +75,7 @@ def import_coco(
             )
         found: list[dict[str, Any]] = []
         rest: list[Thing] = []
-        known = {entry["query"]: {**checked_fields(entry), "masks": {}} for entry in stored.get(key, ())}
+        known = {entry["query"]: {**checked_fields(entry), "masks": {}} for _, entry in stored.get(key, ())}
         for number, entry in annotations.get(key, ()):
             try:
                 mask = _mask(entry, size)
@@ -88,12 +87,14 @@ def import_coco(
                     query["ignore"] = mask
                 else:
                     query["masks"][entry["mask"]] = mask
-            except (ValueError, TypeError, KeyError) as error:
-                faults.append(Fault(str(file), f"annotations[{number}]", str(error)))
+            except MALFORMED as error:
+                faults.append(Fault(str(file), f"annotations[{number}]", told(error)))
         for query in known.values():
             found.append(query | {"masks": [query["masks"][number] for number in sorted(query["masks"])]})
         return {"file": name, "queries": found + questions(rest, size, per)}
 
+    for number, _ in annotations.get(None, ()):
+        faults.append(Fault(str(file), f"annotations[{number}]", "names no picture (image_id)"))
     images = collect(body["images"], convert, faults, f"{file}: images")
     return finish(out, images, faults, strict)
 
@@ -137,6 +138,15 @@ def _annotations(picture: Picture, number: int) -> list[dict[str, Any]]:
         entry = {"segmentation": encode_mask(mask), "area": int(mask.sum()), "bbox": box, "iscrowd": crowd}
         entries.append(entry | {"query": number, "mask": k})
     return entries
+
+
+def _by_image(entries: list[Any]) -> dict[Any, list[tuple[int, Any]]]:
+    """Picture id -> (place in the file, entry); what names no picture is under None."""
+    found = defaultdict(list)
+    for number, entry in enumerate(entries):
+        key = entry.get("image_id") if isinstance(entry, dict) else None
+        found[key if isinstance(key, int | str) else None].append((number, entry))
+    return found
 
 
 def _category(entry: Any) -> tuple[int, str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dataset.base import DataError, Fault
 from dataset.converters import (
+    MALFORMED,
     Converted,
     Per,
     Thing,
@@ -25,6 +26,7 @@ from dataset.converters import (
     query_fields,
     questions,
     read_own,
+    told,
 )
 from dataset.generic import FILE_NAME
 from dataset.image import load_rgb
@@ -168,9 +170,9 @@ def _features(
                 polygons = []
             else:
                 polygons = from_geometry(feature["geometry"], crs, place)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except MALFORMED as error:
             if number not in used:
-                faults.append(Fault(str(file), f"features[{number}]", str(error)))
+                faults.append(Fault(str(file), f"features[{number}]", told(error)))
             used.add(number)
             continue
         points = np.array([point for polygon in polygons for ring in polygon for point in ring]).reshape(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dataset.base import UNREADABLE, DataError, Fault, picture_size
 from dataset.converters import (
+    MALFORMED,
     Converted,
     Per,
     Thing,
@@ -29,6 +30,7 @@ from dataset.converters import (
     query_fields,
     questions,
     read_own,
+    told,
 )
 from dataset.generic import Picture
 from dataset.masks import fill_rings, ring_array
@@ -176,8 +178,8 @@ def _shapes(
             if not isinstance(label, str) or not label.strip():
                 raise ValueError(f"label: expected a text, found {repr(label)[:60]}")
             mask = _shape_mask(shape, size)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            faults.append(Fault(str(path), field, f"{error}"))
+        except MALFORMED as error:
+            faults.append(Fault(str(path), field, told(error)))
             continue
         key = ("", group) if group in named else (label.strip(), field if group is None else group)
         parts[key].append(mask)

@@ -25,6 +25,13 @@ from utils.rle import encode_mask
 Per = Literal["label", "object"]
 """What becomes a question: all objects of one label in a picture together, or every object by itself."""
 FORMATS = ("coco", "labelme", "geo", "gres")
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, OSError)
+"""What reading entries of a foreign file may raise where values are missing or of other types."""
+
+
+def told(error: Exception) -> str:
+    """An error in words; errors that are not ours get their kind before them."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass
@@ -123,7 +130,12 @@ def finish(
         reasons = "".join(f"\n  {fault}" for fault in faults[:5])
         raise ValueError(f"{out}: no picture with a usable question is left{reasons}")
     path = write_annotations(out, images)
-    return Converted([path], len(images), sum(len(image["queries"]) for image in images), list(faults))
+    usable, unusable = read_annotations(path)
+    settle(unusable, strict, str(path))
+    if not usable:
+        raise ValueError(f"{path}: no question in it can be used; the first fault: {unusable[0]}")
+    count = sum(len(picture.queries) for picture in usable)
+    return Converted([path], len(usable), count, [*faults, *unusable])
 
 
 def place_picture(source: Path, out: Path, name: str, link: bool = False) -> None:
@@ -160,8 +172,8 @@ def collect(
             value = convert(item)
         except DataError as error:
             faults.append(error.fault)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            faults.append(Fault(str(file), f"[{number}]", f"{error}"))
+        except MALFORMED as error:
+            faults.append(Fault(str(file), f"[{number}]", told(error)))
         else:
             if value is not None:
                 found.append(value)

@@ -139,7 +139,7 @@ class EdgeFit:
 
 
 def fit_edges(
-    entries: Sequence[Entry], others: int = 8, sample: int = 1000, blocks: int = 10, seed: int = 0
+    entries: Sequence[Entry], others: int = 8, sample: int = 2000, blocks: int = 20, seed: int = 0
 ) -> tuple[EdgeFit, list[Fault]]:
     """Compare the gradient along outlines with that beside them, in the own picture and in random other ones.
 

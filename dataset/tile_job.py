@@ -32,7 +32,7 @@ class TileConfig:
     """Number and check against xView's boxes, write nothing."""
     force: bool = False
     """Cut even if another order of names fits better, or none does."""
-    sample: int = 1000
+    sample: int = 2000
     """Pictures looked at in the check of edges; 0: all."""
 
     def validate(self) -> list[str]:

@@ -111,7 +111,7 @@ def test_coco_of_others(own: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "c.json").write_text(json.dumps(body))
     done = convert(source="coco", input=tmp_path / "c.json", pictures=own, out=tmp_path / "out", link=True)
-    assert len(done.faults) == 9 and (tmp_path / "out" / "a.png").is_symlink()
+    assert len(done.faults) == 10 and (tmp_path / "out" / "a.png").is_symlink()
     (picture,), _ = read_annotations(tmp_path / "out")
     assert [query.text for query in picture.queries] == ["ship", "the pier"]
     codes = tool.frPyObjects([polygon, second], *SIZE)
@@ -296,3 +296,75 @@ def test_command_line(own: Path, tmp_path: Path) -> None:
     (own / "annotations.json").write_text(json.dumps(body))
     with pytest.raises(ValueError, match="no picture says where it lies"):
         convert(target="geo", input=own, out=tmp_path / "o")
+
+
+def mutated(value: Any, rng: np.random.Generator) -> Any:
+    """A copy of a JSON value with one place changed, removed or replaced by something odd."""
+    odd = [
+        None,
+        [],
+        {},
+        "",
+        "x",
+        -1,
+        1e308,
+        3.5,
+        True,
+        [[]],
+        {"type": "Polygon"},
+        float("nan"),
+        "../../x",
+        10**30,
+    ]
+    if isinstance(value, dict | list) and value and rng.random() < 0.9:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        keys = list(copy) if isinstance(copy, dict) else range(len(copy))
+        key = keys[int(rng.integers(len(keys)))]
+        if rng.random() < 0.15:
+            del copy[key]
+        else:
+            copy[key] = mutated(copy[key], rng)
+        return copy
+    return odd[int(rng.integers(len(odd)))]
+
+
+def test_mutated_files_end_in_a_named_fault_or_error(own: Path, tmp_path: Path) -> None:
+    convert(target="coco", input=own, out=tmp_path / "coco.json")
+    convert(target="labelme", input=own, out=tmp_path / "lm")
+    convert(target="geo", input=own, out=tmp_path / "gis", write_pictures=True)
+    inputs = {
+        "coco": (
+            tmp_path / "coco.json",
+            {"source": "coco", "input": tmp_path / "coco.json", "pictures": own},
+        ),
+        "labelme": (tmp_path / "lm" / "a.json", {"source": "labelme", "input": tmp_path / "lm"}),
+        "geo": (
+            tmp_path / "gis" / "annotations.geojson",
+            {
+                "source": "geo",
+                "input": tmp_path / "gis" / "annotations.geojson",
+                "pictures": tmp_path / "gis",
+            },
+        ),
+    }
+    rng = np.random.default_rng(7)
+    outcomes = {"error": 0, "reported": 0, "fine": 0}
+    for kind, (file, values) in inputs.items():
+        text = file.read_text()
+        body = json.loads(text)
+        for number in range(50):
+            file.write_text(json.dumps(mutated(body, rng)))
+            try:
+                done = run(
+                    ConvertConfig(
+                        **{k: str(v) for k, v in values.items()}, out=str(tmp_path / f"{kind}{number}")
+                    )
+                )
+            except ValueError as error:
+                outcomes["error"] += 1
+                assert len(str(error)) > 15
+            else:
+                outcomes["reported" if done.faults else "fine"] += 1
+                assert set(read_annotations(done.files[0])[1]) <= set(done.faults)
+        file.write_text(text)
+    assert min(outcomes.values()) > 5, outcomes
