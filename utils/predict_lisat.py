@@ -23,8 +23,7 @@ from model.lisat import Lisat
 from model.quantize import quantize_llm
 from utils.io import StrPath
 from utils.merge_lisat import find_processor
-from utils.metrics import IGNORE_VALUE
-from utils.predictions import query_record
+from utils.predictions import query_record, target_of
 from utils.windows import cut, stitch, window_boxes
 
 logger = logging.getLogger(__name__)
@@ -270,17 +269,6 @@ def answer_batch(model: Lisat, batch: dict[str, Any], protocol: Protocol) -> lis
         compat_leftpad_mask=protocol.compat_leftpad_mask,
         compat_unk_mask=protocol.compat_unk_mask,
     )
-
-
-def target_of(conversation: Conversation, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (H, W) target of a query: the union of its masks, 255 where they say so and none is 1."""
-    target = np.zeros(size, dtype=np.uint8)
-    for mask in conversation.masks:
-        if mask.shape != tuple(size):
-            raise ValueError(f"a target of {mask.shape} pixels for a picture of {tuple(size)}")
-        target[(mask == IGNORE_VALUE) & (target == 0)] = IGNORE_VALUE
-        target[mask == 1] = 1
-    return target
 
 
 def _records(
