@@ -23,6 +23,7 @@ _RETRIED = frozenset({408, 409, 425, 429})
 _HOPELESS = frozenset({401, 403, 404, 405})
 """Statuses that every further request would get, too."""
 HIDDEN = "[key]"
+_OWN_MACHINE = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class ChatClient:
             timeout=httpx.Timeout(self.endpoint.timeout, connect=self.endpoint.connect_timeout),
             limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
             headers={"Content-Type": "application/json"},
+            mounts=dict.fromkeys(_OWN_MACHINE),  # None: never through a proxy of the environment
         )
         return self
 

@@ -34,7 +34,7 @@ def pictures(tmp_path: Path) -> dict[str, bytes]:
 
 def config(tmp_path: Path, server: ChatServer, **changes: object) -> CountConfig:
     """Quick settings for the server."""
-    values = {"base_url": server.url, "timeout": 0.6, "retries": 2, "first_wait": 0.02}
+    values = {"base_url": server.url, "timeout": 4.0, "retries": 2, "first_wait": 0.02}
     folders = {"images": str(tmp_path / "images"), "save_dir": str(tmp_path / "counts")}
     return CountConfig(**{**folders, **values, **changes})
 
@@ -122,6 +122,17 @@ def test_concurrency_is_bounded_and_used(tmp_path: Path, pictures: dict[str, byt
     with ChatServer(pictures, delay=0.05) as server:
         run_count(config(tmp_path, server, concurrency=3))
     assert server.busiest == 3 and server.asked.total() == 12
+
+
+def test_a_server_here_is_not_asked_through_a_proxy(
+    tmp_path: Path, pictures: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with ChatServer(pictures) as server:
+        assert not run_count(config(tmp_path, server, retries=0)).failures
 
 
 def test_requests_claim_the_true_type_by_default(tmp_path: Path, pictures: dict[str, bytes]) -> None:
