@@ -17,7 +17,9 @@ from tests.conftest import REPO
 from tests.tiny_lisat import write_checkpoint
 from utils.config import ConfigError, parse_config
 from utils.evaluate_lisat import EvalConfig, dataset_name, dataset_spec, fingerprint, model_folder, run
+from utils.metrics import scores
 from utils.predictions import encode_mask, read_predictions
+from utils.query_table import read_counts
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,10 @@ def test_inference_scores_and_names_the_protocol(make, prompt: str) -> None:
     markdown = (Path(config.vis_save_path) / "results_scenes.md").read_text()
     assert "| attribute" in markdown and "shuffled" in markdown and markdown in text
     assert (Path(config.vis_save_path) / "gallery_scenes.png").is_file()
+    page = (Path(config.vis_save_path) / "report_scenes.html").read_text()
+    assert f"{found['scores']['giou']:.3f}" in page and "Do the words decide?" in page
+    table = Path(config.vis_save_path) / "queries_scenes.csv"
+    assert scores(read_counts(table))["giou"] == pytest.approx(found["scores"]["giou"])
     again = run(make(cmd="metrics", recount=True))
     assert results(config)["scores"] == found["scores"] and "attribute" in again
     boot = run(make(cmd="bootstrap_metrics", bootstrap_rounds=4, seed=7))
