@@ -20,7 +20,7 @@ class PretrainConfig:
     cell_steps: int = 1400
     """Steps of the SAM encoder's own first stage."""
     seconds: float = 3600.0
-    """Wall time of the main stage (the SAM shipped had 2400)."""
+    """Wall time of the main stage."""
     batch_size: int = 8
     """Scenes per step."""
     threads: int = 1
