@@ -110,7 +110,7 @@ class ReadOptions:
     absent_rate: share of training questions about something that is not there, where the format draws them.
     confirm_absent: share of the training questions about something absent that are answered with `[SEG]` and
         an empty mask instead of a denial: the language model then says no only where it is sure, and the
-        mask decoder learns to show nothing (formats with questions of their own).
+        mask decoder learns to show nothing (own annotations, semantic folders).
     keep_empty: evaluation keeps GRES-like files without any target, as questions whose answer is "nothing".
     all_texts: evaluation asks every text of a GRES-like file instead of the first.
     list_file: names of the files of a split (one per line).

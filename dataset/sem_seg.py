@@ -206,6 +206,11 @@ class SemSegData(ConversationData):
             name = self.classes[index]
             if missing and rng.random() < self.options.absent_rate:
                 wanted = self.classes[missing.pop()]
+                if self.options.confirm_absent and rng.random() < self.options.confirm_absent:
+                    turns = [(texts.question(wanted, False, pick), texts.answer(wanted, False, pick))]
+                    empty = np.zeros((1, *labels.shape), np.uint8)
+                    conversations.append(Conversation(turns, empty, wanted, False, "absent class"))
+                    continue
                 found = name if rng.random() < _CORRECTIONS else None
                 turns = [(texts.question(wanted, False, pick), texts.deny(wanted, False, pick, found))]
                 conversations.append(Conversation(turns, nothing, wanted, False, "absent class"))

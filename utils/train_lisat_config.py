@@ -107,7 +107,8 @@ class TrainLisatConfig(EngineConfig):
     raster: Literal["official", "exact"] = "official"
     """How polygons of GRES-like files become masks."""
     confirm_absent: float = 0.0
-    """Own annotations: share of absent things answered by [SEG] and an empty mask instead of a denial."""
+    """Own annotations, semantic folders: share of absent things answered by [SEG] and an empty mask, instead
+    of a denial."""
     respect_ignore: bool = False
     """Leave ignore regions of GRES-like files out of the losses; off: background, as published."""
     augment: float = 0.0

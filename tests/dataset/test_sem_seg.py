@@ -73,6 +73,10 @@ def test_training_questions(folder: Path) -> None:
             assert (c.query == "tree") is (not c.exists)
             kinds.add((c.query, "water" in answer or "road" in answer))
     assert {("tree", True), ("tree", False)} <= kinds  # corrections and denials
+    confirming = SemSegData(folder, ReadOptions(absent_rate=0.5, num_per_image=2, confirm_absent=0.5))
+    absent = [c for epoch in range(60) for c in confirming.draw(0, epoch).conversations if not c.exists]
+    assert all(c.turns[0][1].count("[SEG]") == len(c.masks) and not c.masks.any() for c in absent)
+    assert {len(c.masks) for c in absent} == {0, 1}
     only = SemSegData(folder, ReadOptions(absent_rate=0.0))
     assert all(c.exists for epoch in range(20) for c in only.draw(1, epoch).conversations)
 
