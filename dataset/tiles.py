@@ -232,6 +232,7 @@ class _Piece:
     split: str
 
     def path(self, out: Path) -> Path:
+        """The picture's place below `out`, as in the published layout."""
         return out / "gres_images" / self.split / f"{self.tile.name}.jpg"
 
 

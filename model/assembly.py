@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .key_maps import KeyMap, KeyReport, Shape, Target, plan
+from model.key_maps import KeyMap, KeyReport, Shape, Target, plan
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def build_on_meta(config: Any) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    from .lisat import Lisat
+    from model.lisat import Lisat
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         return Lisat(config)

@@ -13,9 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.io import read_json
-
-from .key_maps import (
+from model.key_maps import (
     PARTS,
     SEG_PARTS,
     KeyMap,
@@ -25,6 +23,7 @@ from .key_maps import (
     map_tower_key,
     map_training_key,
 )
+from utils.io import read_json
 
 _BUT_TOWER = tuple(part for part in PARTS if part != "vision_tower.")
 _BUT_MASKS = tuple(part for part in PARTS if part not in SEG_PARTS)
@@ -38,7 +37,7 @@ LISTS: dict[str, tuple[KeyMap, tuple[str, ...]]] = {
 
 
 def _sam2(shapes: dict[str, Shape]) -> str:
-    from .sam2_files import check_sam2_keys
+    from model.sam2_files import check_sam2_keys
 
     return check_sam2_keys(shapes)
 
@@ -53,8 +52,8 @@ def check_file(file: str | Path, preset_name: str = "lisat_7b") -> dict[str, str
     Raises:
         ValueError: a list is missing, or a tensor of one is missing, unexpected or mis-shaped (all named).
     """
-    from .checkpoint import check_keys
-    from .presets import preset
+    from model.checkpoint import check_keys
+    from model.presets import preset
 
     lists = read_json(file, dict)
     results, faults = {}, []

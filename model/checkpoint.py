@@ -18,12 +18,17 @@ from typing import Any, Protocol
 
 import torch
 
-from utils.hub import resolve
-from utils.io import StrPath
-
-from .assembly import Source, StateTensors, assemble, build_on_meta, cast_weights, model_shapes, plan_sources
-from .export import save_base, save_lisat, save_sam
-from .key_maps import (
+from model.assembly import (
+    Source,
+    StateTensors,
+    assemble,
+    build_on_meta,
+    cast_weights,
+    model_shapes,
+    plan_sources,
+)
+from model.export import save_base, save_lisat, save_sam
+from model.key_maps import (
     SEG_PARTS,
     KeyMap,
     Shape,
@@ -35,7 +40,7 @@ from .key_maps import (
     map_tower_key,
     plan,
 )
-from .layouts import (
+from model.layouts import (
     Layout,
     infer_projector_type,
     infer_sam_config,
@@ -44,11 +49,13 @@ from .layouts import (
     read_vision_config,
     sam_config_of_file,
 )
-from .lisat import Lisat, LisatConfig
-from .merging import find_training_state, fold_lora, fold_new_rows, open_training_state
-from .sam import SamConfig
-from .tower_files import is_open_clip, read_open_clip
-from .weight_files import WeightFiles, has_weights
+from model.lisat import Lisat, LisatConfig
+from model.merging import find_training_state, fold_lora, fold_new_rows, open_training_state
+from model.sam import SamConfig
+from model.tower_files import is_open_clip, read_open_clip
+from model.weight_files import WeightFiles, has_weights
+from utils.hub import resolve
+from utils.io import StrPath
 
 __all__ = ["load_base", "load_lisat", "load_llava", "load_trained", "save_base", "save_lisat", "save_sam"]
 

@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.assembly import stored_dtype
+from model.key_maps import SEG_PARTS, published_key
+from model.layouts import ASKING_FIELDS, BASE_TYPE, FORMAT_VERSION, OWN_TYPE, SAM_FIELD
+from model.model_card import model_card, parameter_counts
+from model.tower_files import save_tower_folder
+from model.weight_files import write_shards
 from utils.io import StrPath, atomic_dir, atomic_write_json, atomic_write_text, fsync_path, share_file
-
-from .assembly import stored_dtype
-from .key_maps import SEG_PARTS, published_key
-from .layouts import ASKING_FIELDS, BASE_TYPE, FORMAT_VERSION, OWN_TYPE, SAM_FIELD
-from .model_card import model_card, parameter_counts
-from .tower_files import save_tower_folder
-from .weight_files import write_shards
 
 logger = logging.getLogger(__name__)
 

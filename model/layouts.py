@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.key_maps import Shape
+from model.sam import SamConfig
 from utils.io import StrPath, read_json
-
-from .key_maps import Shape
-from .sam import SamConfig
 
 logger = logging.getLogger(__name__)
 

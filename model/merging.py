@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.assembly import Source
+from model.key_maps import Ignored, Target, map_training_key
+from model.weight_files import WeightFiles, has_weights
 from utils.hub import resolve
 from utils.io import StrPath
-
-from .assembly import Source
-from .key_maps import Ignored, Target, map_training_key
-from .weight_files import WeightFiles, has_weights
 
 logger = logging.getLogger(__name__)
 

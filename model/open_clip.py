@@ -20,13 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from model.assembly import set_tensor
+from model.clip import build_vision_tower
+from model.key_maps import Shape, Target, plan
+from model.layouts import CLIP_HEAD_WIDTH, infer_vision_config
+from model.tower_files import CLIP_MEAN, CLIP_STD, convert_block, convert_open_clip, read_open_clip_state
 from utils.io import StrPath, read_json
-
-from .assembly import set_tensor
-from .clip import build_vision_tower
-from .key_maps import Shape, Target, plan
-from .layouts import CLIP_HEAD_WIDTH, infer_vision_config
-from .tower_files import CLIP_MEAN, CLIP_STD, convert_block, convert_open_clip, read_open_clip_state
 
 TINY = "tiny"
 """Name of a small CLIP with random weights: for trying the pipeline without a checkpoint."""

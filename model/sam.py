@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model._torchvision import ensure_torchvision
+from model.two_way import two_way
 
 ensure_torchvision()
 
@@ -290,16 +291,6 @@ class PromptEncoder(PackagePromptEncoder):
         return sparse, dense.expand(count, -1, *self.image_embedding_size)
 
 
-def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The package's down-scaled attention with scaled_dot_product_attention."""
-    heads = attention.num_heads
-    q, k, v = (
-        f(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for f, x in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v))
-    )
-    return attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class MaskDecoder(PackageMaskDecoder):
     """Two-way transformer and hyper-networks over prompts that may belong to different images."""
 
@@ -326,7 +317,9 @@ class MaskDecoder(PackageMaskDecoder):
         tokens = torch.cat((own.expand(len(sparse), -1, -1), sparse), dim=1)  # M, T, C
         source = (image_embeddings + dense).expand(len(sparse), -1, -1, -1)  # M, C, G, G
         height, width = source.shape[-2:]
-        hidden, source = self._two_way(source.flatten(2).mT, image_pe.flatten(2).mT, tokens)
+        hidden, source = two_way(
+            self.transformer, source.flatten(2).mT, image_pe.flatten(2).mT, tokens, "segment_anything"
+        )
         upscale, norm, act, upscale_again, last_act = self.output_upscaling
         y = upscale(source.mT.unflatten(2, (height, width)))
         y = last_act(upscale_again(act(_channel_norm(y, norm, y.dtype))))  # M, C/8, 4G, 4G
@@ -334,25 +327,6 @@ class MaskDecoder(PackageMaskDecoder):
         weights = torch.stack([self.output_hypernetworks_mlps[i](hidden[:, 1 + i]) for i in wanted], dim=1)
         masks = torch.einsum("mkc,mchw->mkhw", weights, y)
         return masks, self.iou_prediction_head(hidden[:, 0])[:, kept]
-
-    def _two_way(self, keys: Tensor, key_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token states (M, T, C) and image states (M, GG, C) after the package's TwoWayTransformer."""
-        net, queries = self.transformer, tokens
-        for layer in net.layers:
-            if layer.skip_first_layer_pe:
-                queries = _attend(layer.self_attn, queries, queries, queries)
-            else:
-                q = queries + tokens
-                queries = queries + _attend(layer.self_attn, q, q, queries)
-            queries = layer.norm1(queries)
-            k = keys + key_pe
-            queries = queries + _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys)
-            queries = layer.norm2(queries)
-            queries = layer.norm3(queries + layer.mlp(queries))
-            keys = layer.norm4(keys + _attend(layer.cross_attn_image_to_token, k, queries + tokens, queries))
-        k = keys + key_pe
-        queries = queries + _attend(net.final_attn_token_to_image, queries + tokens, k, keys)
-        return net.norm_final_attn(queries), keys
 
 
 class Sam(nn.Module):

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sam import PositionCode
+from model.sam import PositionCode
+from model.two_way import two_way
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -265,8 +266,12 @@ class Sam2(nn.Module):
         )
         tokens = torch.cat((own.expand(len(sparse), -1, -1), sparse), dim=1)  # M, T, C
         source = picture.embedding + self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        hidden, states = self._two_way(
-            source.flatten(2).mT, self.dense_positions().flatten(2).mT, tokens.to(self.dtype)
+        hidden, states = two_way(
+            decoder.transformer,
+            source.flatten(2).mT,
+            self.dense_positions().flatten(2).mT,
+            tokens.to(self.dtype),
+            "transformers",
         )
         kernels = [mlp(hidden[:, 2 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)]
         return Sam2Decoded(decoder.iou_prediction_head(hidden[:, 1]), torch.stack(kernels, dim=1), states)
@@ -280,37 +285,6 @@ class Sam2(nn.Module):
         y = decoder.activation(decoder.upscale_layer_norm(y))
         y = decoder.activation(decoder.upscale_conv2(y) + picture.fine)  # U, C/8, 4G, 4G
         return (decoded.kernels[prompts, tokens] @ y.flatten(2)).unflatten(2, y.shape[2:])
-
-    def _two_way(self, keys: Tensor, key_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token states (M, T, C) and picture states (M, GG, C); `keys`, `key_pe` (1, GG, C) are shared by
-        the prompts until the first layer has written to them."""
-        net, queries = self.mask_decoder.transformer, tokens
-        for layer in net.layers:
-            if layer.skip_first_layer_pe:
-                queries = _attend(layer.self_attn, queries, queries, queries)
-            else:
-                q = queries + tokens
-                queries = queries + _attend(layer.self_attn, q, q, queries)
-            queries = layer.layer_norm1(queries)
-            k = keys + key_pe
-            queries = queries + _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys)
-            queries = layer.layer_norm2(queries)
-            queries = layer.layer_norm3(queries + layer.mlp(queries))
-            written = _attend(layer.cross_attn_image_to_token, k, queries + tokens, queries)
-            keys = layer.layer_norm4(keys + written)
-        k = keys + key_pe
-        queries = queries + _attend(net.final_attn_token_to_image, queries + tokens, k, keys)
-        return net.layer_norm_final_attn(queries), keys
-
-
-def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """transformers' down-scaled attention; a batch of 1 on either side serves all prompts."""
-    heads, count = attention.num_attention_heads, max(len(q), len(k))
-    q, k, v = (
-        f(x).unflatten(-1, (heads, -1)).transpose(1, 2).expand(count, -1, -1, -1)
-        for f, x in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v))
-    )
-    return attention.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def random_sam2(config: str | Sam2Config = "sam2_toy", seed: int = 0) -> Sam2:

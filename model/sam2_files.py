@@ -11,12 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from model.assembly import set_tensor
+from model.key_maps import Ignored, KeyReport, Shape, Target, plan
+from model.sam2 import SAM2_CONFIGS, Sam2, Sam2Config
+from model.weight_files import WeightFiles
 from utils.io import StrPath
-
-from .assembly import set_tensor
-from .key_maps import Ignored, KeyReport, Shape, Target, plan
-from .sam2 import SAM2_CONFIGS, Sam2, Sam2Config
-from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 

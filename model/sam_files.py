@@ -4,14 +4,13 @@ import logging
 
 import torch
 
+from model.assembly import Source, set_tensor
+from model.checkpoint import SAM_WRAPPERS
+from model.key_maps import map_sam_key, plan
+from model.layouts import infer_sam_config, sam_config_of_file
+from model.sam import Sam
+from model.weight_files import WeightFiles
 from utils.io import StrPath
-
-from .assembly import Source, set_tensor
-from .checkpoint import SAM_WRAPPERS
-from .key_maps import map_sam_key, plan
-from .layouts import infer_sam_config, sam_config_of_file
-from .sam import Sam
-from .weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.layouts import infer_vision_config
+from model.weight_files import WeightFiles, read_pickle, write_shards
 from utils.io import StrPath, atomic_dir, atomic_write_json
-
-from .layouts import infer_vision_config
-from .weight_files import WeightFiles, read_pickle, write_shards
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.key_maps import Shape
 from utils.io import StrPath, atomic_write_json, read_json, share_file
-
-from .key_maps import Shape
 
 SAFETENSORS_NAMES = ("model.safetensors.index.json", "model.safetensors")
 PICKLE_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin")

@@ -16,6 +16,7 @@ from dataset.sample import Sample
 from tests.conftest import REPO
 from tests.dataset.miniature import write_all
 from tests.model.checkpoint_tools import write_bases
+from tests.tiny_lisat import QUICK
 from tests.utils.toy_training import arm, finish, start
 from utils.checkpointing import resolve_checkpoint
 from utils.train_lisat_config import TrainLisatConfig
@@ -66,7 +67,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainLisatConfig:
     data, rates = published_mix("ReasonSeg")
     return TrainLisatConfig(
         log_base_dir=str(folder / "runs"),
-        exp_name="straight",
         version=str(base),
         vision_pretrained=str(sam),
         dataset_dir=str(folder / "data"),
@@ -75,21 +75,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainLisatConfig:
         **SETS,
         val_dataset="GeoReasonSeg|val",
         num_classes_per_sample=2,
-        templates="tiny",
-        precision="fp32",
-        zero_stage=0,
         epochs=1,
         steps_per_epoch=0,
         batch_size=3,
-        lr=1e-2,
-        warmup_steps=1,
-        lora_dropout=0.2,
-        text_fcs_scale=5.0,
-        workers=0,
         save_every_steps=2,
-        print_freq=1,
-        device="cpu",
-        tensorboard=False,
+        **QUICK,
     )
 
 

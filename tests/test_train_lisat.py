@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dataset.synthetic import write_scenes
 from tests.conftest import REPO
 from tests.model.checkpoint_tools import base_tokenizer, write_bases
-from tests.tiny_lisat import write_checkpoint
+from tests.tiny_lisat import QUICK, write_checkpoint
 from tests.utils.toy_training import arm, finish, start
 from utils.checkpointing import resolve_checkpoint
 from utils.config import ConfigError, config_to_yaml
@@ -51,7 +51,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainLisatConfig:
         write_scenes(folder / "data" / "synthetic" / split, 7, number, questions=4, size=64)
     return TrainLisatConfig(
         log_base_dir=str(folder / "runs"),
-        exp_name="straight",
         version=str(base),
         vision_pretrained=str(sam),
         dataset_dir=str(folder / "data"),
@@ -59,23 +58,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainLisatConfig:
         val_dataset="synthetic|val",
         val_batch_size=2,
         num_classes_per_sample=2,
-        templates="tiny",
-        precision="fp32",
-        zero_stage=0,
         epochs=2,
         steps_per_epoch=2,
         batch_size=2,
-        lr=1e-2,
-        warmup_steps=1,
         lr_schedule="cosine",
         lr_multipliers="mask_decoder=0.05",
-        lora_dropout=0.2,
-        text_fcs_scale=5.0,
-        workers=0,
         save_every_steps=1,
-        print_freq=1,
-        device="cpu",
-        tensorboard=False,
+        **QUICK,
     )
 
 

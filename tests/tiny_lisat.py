@@ -11,6 +11,21 @@ from model.lisat import Lisat, LisatConfig
 from tests.model.tiny import SAM
 from tests.sentencepiece_model import train_sentencepiece
 
+QUICK = {
+    "exp_name": "straight",
+    "templates": "tiny",
+    "precision": "fp32",
+    "zero_stage": 0,
+    "lr": 1e-2,
+    "warmup_steps": 1,
+    "lora_dropout": 0.2,
+    "text_fcs_scale": 5.0,
+    "workers": 0,
+    "print_freq": 1,
+    "device": "cpu",
+    "tensorboard": False,
+}
+"""Settings of a training of a few steps on this model."""
 SENTENCES = (
     "the red ship left of the white house",
     "Please segment the largest blue tank in this image.",

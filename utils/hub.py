@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from .io import StrPath
+from utils.io import StrPath
 
 logger = logging.getLogger(__name__)
 

@@ -122,6 +122,7 @@ class _Lenient:
         """Whether a key was read, or the nesting is too deep: then these are no braces in prose."""
 
     def object(self) -> dict[str, Any]:
+        """The object that begins at `position`, which moves behind it; `_Fault` or `_Ends` if it is none."""
         self._open()
         result: dict[str, Any] = {}
         while self._peek() != "}":

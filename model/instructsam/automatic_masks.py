@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from model._torchvision import ensure_torchvision
-
-from .predictors import Candidates, MaskPredictor
+from model.instructsam.predictors import Candidates, MaskPredictor
 
 BORDER = 20
 """Pixels within which a box touches a border."""

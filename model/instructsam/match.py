@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from model.clip_tokenizer import ClipTokenizer
+from model.instructsam.assignment import assign
 from model.open_clip import OpenClip, fit_square
-
-from .assignment import assign
 
 logger = logging.getLogger(__name__)
 

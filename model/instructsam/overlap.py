@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .match import LabelledRegions, match_features
+from model.instructsam.match import LabelledRegions, match_features
 
 
 def shares_inside(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -9,10 +9,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from model.instructsam.automatic_masks import MaskRecord
 from utils.instructsam_files import Proposals
 from utils.rle import encode_masks
-
-from .automatic_masks import MaskRecord
 
 Holes = Literal["enclosed", "legacy_corner", "keep"]
 Boxes = Literal["published", "exact"]

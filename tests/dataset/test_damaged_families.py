@@ -12,6 +12,7 @@ import pytest
 from dataset.base import ReadOptions
 from dataset.registry import load_dataset
 from tests.dataset.miniature import write_all
+from utils.safe_pickle import parse_plain_pickle
 
 FILES = {
     "refer_seg/refcoco/instances.json": "refcoco|train",
@@ -53,7 +54,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 def damaged(path: Path, content: bytes, rng: random.Random) -> bytes:
     """One field removed or replaced by something odd, or some bytes changed, or the end cut off."""
     if path.suffix != ".txt" and rng.random() < 0.7:
-        value = pickle.loads(content) if path.suffix == ".p" else json.loads(content)
+        value = parse_plain_pickle(content, path.name) if path.suffix == ".p" else json.loads(content)
         *way, last = rng.choice(places(value))
         inner = value
         for key in way:

@@ -22,6 +22,7 @@ from tests.dataset.miniature import (
     write_aerial,
     write_refer_families,
 )
+from utils.safe_pickle import load_plain_pickle
 
 ABSENT = {"R-refcoco": "exist", "fprefcoco": "is_false_premise"}
 
@@ -156,7 +157,7 @@ def test_several_annotations_and_none(tmp_path: Path) -> None:
     folder = tmp_path / "refer_seg/refcoco"
     refer_files(folder, "unc_exclude_unified", tmp_path / "refer_seg/images/mscoco/images/train2014")
     path = folder / "refs(unc_exclude_unified).p"
-    refs = pickle.loads(path.read_bytes())
+    refs = load_plain_pickle(path)
     refs[0]["ann_id"], refs[1]["ann_id"] = [1, 2], [-1]
     path.write_bytes(pickle.dumps(refs))
     for overlap in ("union", "sum"):
