@@ -21,7 +21,6 @@ from utils.safe_pickle import load_plain_pickle
 
 Overlap = Literal["union", "sum"]
 """Where parts of one outline overlap: 1 (`union`), or their number (`sum`, the published loaders)."""
-OVERLAPS: tuple[str, ...] = ("union", "sum")
 
 _FARTHEST = 100.0
 """Polygons may reach this many picture sides out of it; farther is a fault (drawing costs memory)."""

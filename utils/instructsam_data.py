@@ -139,12 +139,6 @@ def _image(ann_path: Path, folder: Path, number: int, item: Any) -> ImageEntry:
     return ImageEntry(item["id"], item["file_name"], path, (size[0], size[1]) if known else (0, 0))
 
 
-def _check_entry(item: Any, text: str, where: str) -> None:
-    good = isinstance(item, dict) and type(item.get("id")) is int and isinstance(item.get(text), str)
-    if not good:
-        raise ValueError(f"{where} needs a whole number 'id' and a text {text!r}, found {str(item)[:60]}")
-
-
 def _list(coco: dict[str, Any], path: Path, key: str, absent_ok: bool = False) -> list[Any]:
     value = coco.get(key, [] if absent_ok else None)
     if not isinstance(value, list):

@@ -189,13 +189,6 @@ def scores_by_kind(
     return scores_by(counts, counts.kind, thresholds)
 
 
-def scores_by_size(counts: Counts, large_area: int = LARGE_AREA) -> dict[str, dict[str, float]]:
-    """`scores` of "large" (target area >= `large_area` px), "small" and "empty" targets, if any."""
-    area = counts.target[:, 1]
-    parts = {"large": area >= large_area, "small": (area > 0) & (area < large_area), "empty": area == 0}
-    return {name: scores(counts.select(part)) for name, part in parts.items() if part.any()}
-
-
 def presence_scores(counts: Counts) -> dict[str, float]:
     """How well presence is told.
 

@@ -63,13 +63,6 @@ def overlay(
     return result
 
 
-def overlay_masks(image: np.ndarray, masks: Sequence[np.ndarray], **options: float) -> np.ndarray:
-    """`overlay` of several masks, each in its own colour of PALETTE (options as there)."""
-    for number, mask in enumerate(masks):
-        image = overlay(image, mask, PALETTE[number % len(PALETTE)], **options)
-    return image
-
-
 def published_overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The published demo's `seg_rgb.jpg`: 0.3 picture + 0.7 red inside the mask, truncated to uint8."""
     result = image.copy()

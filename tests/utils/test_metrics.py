@@ -88,8 +88,6 @@ def test_scores_by_hand() -> None:
     by_kind = metrics.scores_by_kind(counts)
     assert list(by_kind) == ["x", "y"]
     assert by_kind["x"]["giou"] == pytest.approx(0.75, abs=1e-5)
-    by_size = metrics.scores_by_size(counts, large_area=5)
-    assert {name: row["n_masks"] for name, row in by_size.items()} == {"large": 2, "empty": 1}
     with pytest.raises(ValueError, match="no query"):
         metrics.scores(metrics.Counts.from_rows([]))
 
